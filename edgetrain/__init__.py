@@ -1,0 +1,44 @@
+"""edgetrain: training convolutional networks where memory is short.
+
+Names are loaded when they are used, so that ``import edgetrain`` costs nothing: no torch, no CUDA, no ONNX.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from edgetrain import chain, export, memory, models, nn, planner, runtime, train
+    from edgetrain.export import export_onnx
+    from edgetrain.models import create_model
+    from edgetrain.planner import Plan, uniform_plan
+    from edgetrain.runtime import Wrapped, wrap
+    from edgetrain.train import Trainer
+
+_HOMES = {
+    "create_model": "edgetrain.models",
+    "export_onnx": "edgetrain.export",
+    "Plan": "edgetrain.planner",
+    "Trainer": "edgetrain.train",
+    "uniform_plan": "edgetrain.planner",
+    "Wrapped": "edgetrain.runtime",
+    "wrap": "edgetrain.runtime",
+}
+_ROOMS = ("chain", "export", "memory", "models", "nn", "planner", "runtime", "train")
+
+__all__ = [*_HOMES, *_ROOMS, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _ROOMS:
+        return importlib.import_module(f"edgetrain.{name}")
+    raise AttributeError(f"module 'edgetrain' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,226 @@
+"""Invertible convolution by additive coupling, and the layers made from it.
+
+    y1 = x1 + F(x2),  y2 = x2 + G(y1)        x2 = y2 - G(y1),  x1 = y1 - F(x2)
+
+with F and G one convolution each on half of the channels (section 3.4.1.3 of the source; the scheme is that of
+Dinh et al. 2015 and Gomez et al. 2017). A :class:`CouplingLayer` is conv -> batch norm -> leaky ReLU; it has
+2 * 9 (c/2)^2 = 4.5 c^2 convolution weights at kernel size 3.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edgetrain.errors import ModelError
+from edgetrain.nn.activation import InvertibleLeakyReLU
+from edgetrain.nn.batchnorm import InvertibleBatchNorm, accumulate
+from edgetrain.nn.invertible import Invertible
+from edgetrain.nn.sequential import InvertibleSequential
+from edgetrain.nn.slices import batch_slices
+
+
+class CouplingConv(Invertible):
+    """Two shape-preserving convolutions coupled over channel halves.
+
+    Args:
+        channels: c, even.
+        kernel_size: odd.
+
+    Raises:
+        ModelError: the channels have no halves, or the kernel no centre.
+    """
+
+    def __init__(self, channels: int, *, kernel_size: int = 3) -> None:
+        super().__init__()
+        check_halves(channels)
+        if kernel_size % 2 == 0:
+            raise ModelError(
+                found=f"a kernel size of {kernel_size}",
+                expected="an odd one, so that the convolution preserves the shape",
+                action=f"use {kernel_size + 1}",
+            )
+        half, padding = channels // 2, kernel_size // 2
+        self.f = nn.Conv2d(half, half, kernel_size, padding=padding, bias=False)
+        self.g = nn.Conv2d(half, half, kernel_size, padding=padding, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x1, x2 = x.chunk(2, 1)
+        y1 = x1 + self.f(x2)
+        y2 = x2 + self.g(y1)
+        return torch.cat([y1, y2], 1)
+
+    @torch.no_grad()
+    def forward_(self, x: Tensor, *, replay: bool = False) -> Tensor:
+        for s in batch_slices(x):
+            x1, x2 = x[s].chunk(2, 1)
+            x1.add_(_convolve(self.f, x2))
+            x2.add_(_convolve(self.g, x1))
+        return x
+
+    @torch.no_grad()
+    def inverse_(self, y: Tensor) -> Tensor:
+        for s in batch_slices(y):
+            y1, y2 = y[s].chunk(2, 1)
+            y2.sub_(_convolve(self.g, y1))
+            y1.sub_(_convolve(self.f, y2))
+        return y
+
+    @torch.no_grad()
+    def backward_from_output(self, y: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        for s in batch_slices(y):
+            y1, y2 = y[s].chunk(2, 1)
+            d1, d2 = dy[s].chunk(2, 1)
+            known = y1.contiguous()
+            y2.sub_(_convolve(self.g, known))
+            _convolution_backward(self.g, known, d2, d1)
+            known = y2.contiguous()
+            y1.sub_(_convolve(self.f, known))
+            _convolution_backward(self.f, known, d1, d2)
+        return y, dy
+
+    @torch.no_grad()
+    def backward_between(self, x: Tensor, y: Tensor, dy: Tensor) -> Tensor:
+        """``dx`` in the memory of ``dy`` where both input and output are at hand: nothing is inverted.
+
+        Args:
+            x: (n, c, h, w), as ``y`` and ``dy``; left alone, as ``y``.
+        """
+        for s in batch_slices(y):
+            d1, d2 = dy[s].chunk(2, 1)
+            _convolution_backward(self.g, y[s].chunk(2, 1)[0].contiguous(), d2, d1)
+            _convolution_backward(self.f, x[s].chunk(2, 1)[1].contiguous(), d1, d2)
+        return dy
+
+
+class CouplingLayer(InvertibleSequential):
+    """Coupling convolution, invertible batch norm, invertible leaky ReLU: the unit of the layer-wise network.
+
+    Args:
+        channels: c, even.
+        slope: of the leaky ReLU, :class:`InvertibleLeakyReLU`.
+        eps_i: of the batch norm, :class:`InvertibleBatchNorm`.
+    """
+
+    def __init__(self, channels: int, *, slope: float = 0.1, eps_i: float = 0.1) -> None:
+        self.conv: CouplingConv
+        self.norm: InvertibleBatchNorm
+        self.act: InvertibleLeakyReLU
+        super().__init__(
+            conv=CouplingConv(channels),
+            norm=InvertibleBatchNorm(channels, eps_i=eps_i),
+            act=InvertibleLeakyReLU(slope),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        # a batch norm does not need its output for its gradient, so the activation may take its place
+        return F.leaky_relu_(self.norm(self.conv(x)), self.act.slope)
+
+
+class CouplingStack(InvertibleSequential):
+    """Coupling layers as one residual module of a reversible block: the hybrid's F and G.
+
+    As a residual its input is known, so nothing has to be inverted down to it; see
+    :meth:`backward_as_residual`.
+
+    Args:
+        channels: c, even.
+        depth: number of coupling layers, at least 1.
+        slope: as for :class:`CouplingLayer`, and ``eps_i``.
+    """
+
+    def __init__(self, channels: int, *, depth: int = 2, slope: float = 0.1, eps_i: float = 0.1) -> None:
+        super().__init__(**{f"layer{k}": CouplingLayer(channels, slope=slope, eps_i=eps_i) for k in range(depth)})
+
+    @torch.no_grad()
+    def backward_as_residual(self, x: Tensor, dy: Tensor, minuend: Tensor, dx: Tensor) -> None:
+        """Walks the layers backward with one buffer of the size of ``x`` (two from three layers on).
+
+        Between layers k and k-1 travel ``z``, the normalised values before the activation, and their gradient
+        ``dz``; the sums over the whole batch that a batch norm's gradient needs are taken while the slice that
+        produces ``z`` and ``dz`` is at hand. The first layer's ``z`` is not carried: it is computed again from
+        the exact input at the price of inverting, and its place is taken by its gradient. Forward convolutions:
+        one pass for the output, one for the hidden activations.
+
+        Args:
+            x: input (n, c, h, w), left alone, as ``dy``, the gradient with respect to the output.
+            minuend: the output is subtracted from it in place.
+            dx: the gradient with respect to ``x`` is added to it in place.
+        """
+        layers = [layer for layer in self.layers() if isinstance(layer, CouplingLayer)]
+        first, last = layers[0], layers[-1]
+        count = x.numel() // x.shape[1]
+        carried = torch.empty_like(x)
+        carried_gradient = torch.empty_like(x) if len(layers) > 2 else carried
+        sums = _zero_sums(x)
+        for s in batch_slices(x):
+            y = self.forward_(x[s].clone(), replay=True)
+            minuend[s].sub_(y)
+            z, dz = last.act.backward_from_output(y, dy[s].clone())
+            _add_sums(sums, last.norm.gradient_sums(z, dz))
+            carried[s] = dz if len(layers) == 1 else z
+        last.norm.add_gradients(*sums)
+
+        for layer, below in zip(layers[:0:-1], layers[-2::-1], strict=True):
+            sums_below = _zero_sums(x)
+            for s in batch_slices(x):
+                z = carried[s]
+                dz = layer.act.derivative_(z, dy[s].clone()) if layer is last else carried_gradient[s].clone()
+                u, du = layer.conv.backward_from_output(*layer.norm.backward_with_sums(z, dz, sums, count=count))
+                z, dz = below.act.backward_from_output(u, du)
+                _add_sums(sums_below, below.norm.gradient_sums(z, dz))
+                # z stands in its place already; below the second layer only the gradient is carried on
+                (carried if below is first else carried_gradient)[s] = dz
+            sums = sums_below
+            below.norm.add_gradients(*sums)
+
+        for s in batch_slices(x):
+            z = first.norm.forward_(first.conv.forward_(x[s].clone()), replay=True)
+            y, dz = first.norm.backward_with_sums(z, carried[s], sums, count=count)
+            dx[s].add_(first.conv.backward_between(x[s], y, dz))
+
+
+def check_halves(channels: int) -> None:
+    """Raises ModelError where ``channels`` cannot be split in two."""
+    if channels % 2 or channels <= 0:
+        raise ModelError(
+            found=f"{channels} channels",
+            expected="an even number, because a coupling works on two halves",
+            action=f"use {channels + channels % 2 or 2} channels",
+        )
+
+
+def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    return F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _convolution_backward(conv: nn.Conv2d, x: Tensor, dy: Tensor, dx: Tensor) -> None:
+    """Adds the gradient with respect to ``x`` to ``dx`` and that of the weight to its ``.grad``, in place."""
+    mask = [True, conv.weight.requires_grad, False]
+    gradient, weight_gradient, _ = torch.ops.aten.convolution_backward(
+        dy.contiguous(),
+        x,
+        conv.weight,
+        None,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        False,
+        [0, 0],
+        conv.groups,
+        mask,
+    )
+    dx.add_(gradient)
+    if weight_gradient is not None:
+        accumulate(conv.weight, weight_gradient)
+
+
+def _zero_sums(x: Tensor) -> tuple[Tensor, Tensor]:
+    zero = x.new_zeros(x.shape[1])
+    return zero, zero.clone()
+
+
+def _add_sums(sums: tuple[Tensor, Tensor], part: tuple[Tensor, Tensor]) -> None:
+    sums[0].add_(part[0])
+    sums[1].add_(part[1])

@@ -1,0 +1,122 @@
+"""The role of an invertible layer: a map whose input can be had back from its output.
+
+A layer on a reversible path never needs its input stored. During the backward pass it is handed its
+output ``y`` and the gradient ``dy`` and gives back the input ``x`` and the gradient ``dx``, so that one
+activation and one gradient travel through the network (Gomez et al. 2017; Hascoet et al. 2023, section 3.4).
+
+Names follow torch: a trailing underscore means *in place*. ``forward_``, ``inverse_`` and
+``backward_from_output`` own the tensors they are given and overwrite them; ``forward`` and ``inverse``
+leave theirs alone. All tensors are contiguous and laid out (n, c, h, w).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+from edgetrain.nn.replay import Replay, replaying
+
+
+class Invertible(nn.Module):
+    """Base of every invertible layer.
+
+    Attributes:
+        saved: what one forward pass leaves for its inverse and backward (batch statistics, random states),
+            a few numbers per channel. The runtime takes it out and puts it back when several forward passes
+            precede their backward passes.
+    """
+
+    saved: object | None = None
+
+    @property
+    def layerwise(self) -> bool:
+        """Whether :meth:`backward_from_output` inverts hidden activations one by one, holding none of them."""
+        return True
+
+    @abstractmethod
+    def forward_(self, x: Tensor, *, replay: bool = False) -> Tensor:
+        """``y`` computed without autograd in the memory of ``x`` (n, c, h, w).
+
+        Args:
+            replay: repeat the last forward pass: reuse its statistics, update nothing.
+        """
+
+    @abstractmethod
+    def inverse_(self, y: Tensor) -> Tensor:
+        """``x`` computed without autograd in the memory of ``y``, with the statistics of the last forward."""
+
+    @abstractmethod
+    def backward_from_output(self, y: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """``(x, dx)`` from the output and the gradient with respect to it; both arguments are overwritten.
+
+        Gradients of the parameters are added to their ``.grad`` in place. Hidden activations are inverted
+        one by one wherever the layer can do so.
+        """
+
+    @torch.no_grad()
+    def inverse(self, y: Tensor) -> Tensor:
+        """``x`` from ``y``, both of their own; see :meth:`inverse_`."""
+        return self.inverse_(y.clone())
+
+    def backward_holding(self, y: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`backward_from_output`, with the hidden activations recomputed once from ``x`` and held.
+
+        Costs the memory of one block under plain autograd and leaves no noise in the hidden activations.
+        """
+        with torch.no_grad():
+            x = self.inverse_(y)
+        dx = Rerun(self, x, replay=None).backward(dy)
+        assert dx is not None
+        return x, dx
+
+    @torch.no_grad()
+    def backward_as_residual(self, x: Tensor, dy: Tensor, minuend: Tensor, dx: Tensor) -> None:
+        """Backward of this layer used as ``minuend = rest + self(x)`` with ``x`` known.
+
+        Subtracts ``self(x)`` from ``minuend`` and adds the gradient with respect to ``x`` to ``dx``, both in
+        place; ``x`` and ``dy`` are left as they are.
+        """
+        y = self.forward_(x.clone(), replay=True)
+        minuend.sub_(y)
+        _, gradient = self.backward_from_output(y, dy.clone())
+        dx.add_(gradient)
+
+
+class Rerun:
+    """One more run of ``module`` under autograd, ready for its backward pass.
+
+    Args:
+        x: input, left alone.
+        replay: what was recorded when ``module`` ran before; None for layers that keep their own statistics.
+        input_gradient: whether :meth:`backward` shall give one.
+    """
+
+    def __init__(self, module: nn.Module, x: Tensor, *, replay: Replay | None, input_gradient: bool = True) -> None:
+        self._leaf = x.detach().requires_grad_(input_gradient)
+        with torch.enable_grad(), replaying() if replay is None else replay.again():
+            output = module(self._leaf)
+        self._edge = get_gradient_edge(output) if output.requires_grad else None
+        self._output: Tensor | None = output.detach()
+
+    def take_output(self) -> Tensor:
+        """The output (n, c, h, w), once: the caller decides how long it stays in memory."""
+        output, self._output = self._output, None
+        if output is None:
+            raise RuntimeError("Rerun: the output was taken already")
+        return output
+
+    def backward(self, dy: Tensor) -> Tensor | None:
+        """Gradient with respect to ``x``, None if none was asked for; those of the parameters go to their ``.grad``.
+
+        Args:
+            dy: gradient with respect to the output, left alone.
+        """
+        self._output = None
+        if self._edge is not None:
+            torch.autograd.backward([self._edge], [dy])
+        if self._leaf.grad is None and self._leaf.requires_grad:
+            return torch.zeros_like(self._leaf)
+        return self._leaf.grad

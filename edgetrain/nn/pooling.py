@@ -1,0 +1,118 @@
+"""Volume-preserving pooling, (3.29): every 2x2 neighbourhood is stacked along the channels or along the batch.
+
+    channel pooling  (n, c, h, w) -> (n, 4c, h/2, w/2)      output channel 4c' + 2i + j is pixel (i, j) of channel c'
+    batch pooling    (n, c, h, w) -> (4n, c, h/2, w/2)      output sample 4n' + 2i + j is pixel (i, j) of sample n'
+
+Both are permutations of the elements of one sample, so forward and inverse are exact, gradients take the same
+way as activations, and a batch can be permuted in its own memory a slice at a time. Keeping the four parts of a
+sample next to each other (instead of stacking four whole batches) is what allows the latter.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from edgetrain.errors import ModelError
+from edgetrain.nn.invertible import Invertible
+from edgetrain.nn.slices import batch_slices
+
+
+class InvertiblePool(Invertible):
+    """A pooling that permutes the elements of each sample."""
+
+    def forward_(self, x: Tensor, *, replay: bool = False) -> Tensor:
+        """``y`` of :meth:`forward` in the memory of ``x`` (n, c, h, w)."""
+        y = x.view(self.output_shape(x.shape))
+        parts = y.shape[0] // x.shape[0]
+        for s in batch_slices(x):
+            y[s.start * parts : s.stop * parts] = self.forward(x[s])
+        return y
+
+    def inverse_(self, y: Tensor) -> Tensor:
+        x = y.view(self.input_shape(y.shape))
+        parts = y.shape[0] // x.shape[0]
+        for s in batch_slices(x):
+            x[s] = self.permute_back(y[s.start * parts : s.stop * parts])
+        return x
+
+    @torch.no_grad()
+    def backward_from_output(self, y: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inverse_(y), self.inverse_(dy)
+
+    def backward_holding(self, y: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        return self.backward_from_output(y, dy)
+
+    @abstractmethod
+    def permute_back(self, y: Tensor) -> Tensor:
+        """The inverse, in memory of its own."""
+
+    @abstractmethod
+    def output_shape(self, shape: torch.Size) -> tuple[int, int, int, int]:
+        """Shape of ``y`` for ``x`` of ``shape``.
+
+        Raises:
+            ModelError: height or width is odd.
+        """
+
+    @abstractmethod
+    def input_shape(self, shape: torch.Size) -> tuple[int, int, int, int]:
+        """Shape of ``x`` for ``y`` of ``shape``."""
+
+
+class ChannelPool(InvertiblePool):
+    """Channel pooling (Jacobsen et al. 2018), the P_c of (3.29)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        y = x.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4)  # (n, c, 2, 2, h/2, w/2)
+        return y.reshape(self.output_shape(x.shape))
+
+    def permute_back(self, y: Tensor) -> Tensor:
+        n, c, h, w = y.shape
+        x = y.reshape(n, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3)  # (n, c/4, h, 2, w, 2)
+        return x.reshape(self.input_shape(y.shape))
+
+    def output_shape(self, shape: torch.Size) -> tuple[int, int, int, int]:
+        n, c, h, w = shape
+        _check_even(h, w)
+        return n, 4 * c, h // 2, w // 2
+
+    def input_shape(self, shape: torch.Size) -> tuple[int, int, int, int]:
+        n, c, h, w = shape
+        return n, c // 4, 2 * h, 2 * w
+
+
+class BatchPool(InvertiblePool):
+    """Batch pooling (Hascoet et al. 2023), the P_b of (3.29)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        shape = self.output_shape(x.shape)
+        y = x.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 3, 5, 1, 2, 4)  # (n, 2, 2, c, h/2, w/2)
+        return y.reshape(shape)
+
+    def permute_back(self, y: Tensor) -> Tensor:
+        n, c, h, w = y.shape
+        x = y.reshape(n // 4, 2, 2, c, h, w).permute(0, 3, 4, 1, 5, 2)  # (n/4, c, h, 2, w, 2)
+        return x.reshape(self.input_shape(y.shape))
+
+    def output_shape(self, shape: torch.Size) -> tuple[int, int, int, int]:
+        n, c, h, w = shape
+        _check_even(h, w)
+        return 4 * n, c, h // 2, w // 2
+
+    def input_shape(self, shape: torch.Size) -> tuple[int, int, int, int]:
+        n, c, h, w = shape
+        return n // 4, c, 2 * h, 2 * w
+
+
+def _check_even(height: int, width: int) -> None:
+    if height % 2 or width % 2:
+        raise ModelError(
+            found=f"a pooling of {height}x{width} pixels",
+            expected="even height and width, because every 2x2 neighbourhood is stacked",
+            action="choose an image size divisible by 2 for every pooling of the model (8 for three of them)",
+        )

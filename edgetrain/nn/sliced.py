@@ -1,0 +1,71 @@
+"""Convolution under autograd, a slice of the batch at a time.
+
+The result is that of ``torch.nn.functional.conv2d``; what differs is the memory that oneDNN and cuDNN take for
+layout copies and scratch, which is bounded by a slice instead of the batch. On CPUs it is faster too: scratch that
+is reused stays in the cache and needs no fresh pages from the kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from edgetrain.nn.slices import batch_slices
+
+
+class _SlicedConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple[Any, ...]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.settings, ctx.bias_sizes = settings, None if bias is None else list(bias.shape)
+        y: Tensor | None = None
+        for s in batch_slices(x):
+            part = F.conv2d(x[s], weight, bias, *settings)
+            if y is None:
+                y = part.new_empty((x.shape[0], *part.shape[1:]))
+            y[s] = part
+        assert y is not None
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.settings
+        mask = list(ctx.needs_input_grad[:3])
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if mask[0] else None
+        sums: list[Tensor | None] = [None, None]
+        for s in batch_slices(x):
+            parts = torch.ops.aten.convolution_backward(
+                dy[s], x[s], weight, ctx.bias_sizes, stride, padding, dilation, False, [0, 0], groups, mask
+            )
+            if dx is not None:
+                dx[s] = parts[0]
+            for k, part in enumerate(parts[1:]):
+                total = sums[k]
+                if part is not None:
+                    sums[k] = part if total is None else total.add_(part)
+        return dx, sums[0], sums[1], None
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] | str = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """As ``torch.nn.functional.conv2d`` on x (n, c, h, w), which it calls where one slice holds the batch."""
+    if x.dim() != 4 or isinstance(padding, str) or len(list(batch_slices(x))) <= 1:
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+    settings = (*(_pair(value) for value in (stride, padding, dilation)), groups)
+    return _SlicedConv.apply(x, weight, bias, settings)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _pair(value: int | tuple[int, ...]) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)

@@ -1,0 +1,229 @@
+"""Runs a Program: a plain loop with one small function per instruction.
+
+An :class:`Execution` is one training step in progress. Tensors that only the step knows are worked on in place;
+whatever somebody else can see (the batch, the logits handed out, the gradient handed in, what autograd saved for
+a stored block) is copied before it would be overwritten.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
+
+from edgetrain.chain import Block, restore_state, saved_state
+from edgetrain.nn.invertible import Invertible, Rerun
+from edgetrain.nn.replay import Replay, replaying
+from edgetrain.runtime.offload import Offloaded, offload
+from edgetrain.runtime.program import (
+    Backward,
+    Fetch,
+    Forward,
+    Free,
+    Head,
+    Instruction,
+    Offload,
+    Program,
+    Recompute,
+    Update,
+)
+
+Updater = Callable[[int], None]
+
+
+@dataclass
+class _Graph:
+    """What autograd keeps of one stored block."""
+
+    leaf: Tensor
+    edge: GradientEdge | None
+    storages: set[int] = field(default_factory=set)
+
+
+class Execution:
+    """One training step of ``program`` over ``blocks``.
+
+    Args:
+        update: called for ``update i``.
+    """
+
+    def __init__(self, program: Program, blocks: Sequence[Block], *, update: Updater | None = None) -> None:
+        self._program, self._blocks, self._update = program, blocks, update
+        self._head = program.instructions.index(Head())
+        self._z: dict[int, Tensor] = {}
+        self._g: dict[int, Tensor] = {}
+        self._graphs: dict[int, _Graph] = {}
+        self._replays: dict[int, Replay] = {}
+        self._saved: dict[int, list[tuple[Invertible, object | None]]] = {}
+        self._offloaded: dict[int, Offloaded] = {}
+        self._foreign: set[int] = set()
+        self._input_gradient = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """z[L] of the batch ``x`` (n, ...): everything up to the head."""
+        self._input_gradient = x.requires_grad
+        self._z[0] = x.detach()
+        self._foreign.add(_storage(x))
+        for position in range(self._head):
+            self._run(self._program.instructions[position])
+        y = self._z[len(self._blocks)]
+        self._foreign.add(_storage(y))
+        return y
+
+    def backward(self, dy: Tensor) -> Tensor | None:
+        """Gradient with respect to the batch if it was asked for; everything after the head.
+
+        Args:
+            dy: gradient with respect to z[L].
+        """
+        self._g[len(self._blocks)] = dy.detach()
+        self._foreign.add(_storage(dy))
+        for step in self._program.instructions[self._head + 1 :]:
+            self._run(step)
+        return self._g.get(0) if self._input_gradient else None
+
+    def _run(self, step: Instruction) -> None:
+        match step:
+            case Forward(block, "all"):
+                self._store(block, again=False)
+            case Forward(block, "input"):
+                self._forward(block, keep_input=True)
+            case Forward(block, "nothing"):
+                self._forward(block, keep_input=False)
+            case Recompute(first, last, keep):
+                for block in range(first, last + 1):
+                    if keep == "all":
+                        self._store(block, again=True)
+                    else:
+                        self._forward_again(block, keep_input=keep == "input")
+            case Backward(block, "saved"):
+                self._backward_saved(block)
+            case Backward(block, "recompute"):
+                self._backward_recompute(block)
+            case Backward(block, how):
+                self._backward_invert(block, layerwise=how == "invert_layerwise")
+            case Offload(index, place):
+                self._offloaded[index] = offload(self._z.pop(index), place)
+            case Fetch(index):
+                self._z[index] = self._offloaded.pop(index).fetch()
+            case Update(block):
+                if self._update is None:
+                    raise RuntimeError("the program updates in the backward pass: wrap() needs an optimizer")
+                self._update(block)
+            case Free(index):
+                self._z.pop(index, None)
+
+    def _store(self, i: int, *, again: bool) -> None:
+        block, x = self._blocks[i], self._z[i]
+        leaf = x.detach()
+        if i > 0 or self._input_gradient:
+            leaf.requires_grad_(leaf.is_floating_point())
+        graph = _Graph(leaf, None)
+        # what autograd saves matters only to a block that would overwrite this one's output
+        watched = i + 1 < len(self._blocks) and isinstance(self._blocks[i + 1].module, Invertible)
+        with torch.enable_grad(), _watching(graph.storages) if watched else contextlib.nullcontext():
+            if again:
+                restore_state(self._saved[i])
+                replay = self._replays.get(i)
+                with replaying() if replay is None else replay.again():
+                    y = block.module(leaf)
+            else:
+                y = block.module(leaf)
+                self._saved[i] = saved_state(block.module)
+        graph.edge = get_gradient_edge(y) if y.requires_grad else None
+        self._graphs[i] = graph
+        self._z[i + 1] = y.detach()
+
+    def _forward(self, i: int, *, keep_input: bool) -> None:
+        module = self._blocks[i].module
+        if isinstance(module, Invertible) and not keep_input:
+            self._z[i + 1] = module.forward_(self._own(self._z, i))
+        else:
+            x = self._z[i] if keep_input else self._z.pop(i)
+            self._replays[i] = Replay(module, x.device)
+            self._z[i + 1] = self._replays[i].first(lambda: module(x))
+        self._saved[i] = saved_state(module)
+
+    def _forward_again(self, i: int, *, keep_input: bool) -> None:
+        module = self._blocks[i].module
+        restore_state(self._saved[i])
+        if isinstance(module, Invertible) and not keep_input:
+            self._z[i + 1] = module.forward_(self._own(self._z, i), replay=True)
+            return
+        x = self._z[i] if keep_input else self._z.pop(i)
+        replay = self._replays.get(i)
+        with torch.no_grad(), replaying() if replay is None else replay.again():
+            self._z[i + 1] = module(x)
+
+    def _backward_saved(self, i: int) -> None:
+        graph, dy = self._graphs.pop(i), self._g.pop(i + 1)
+        if graph.edge is not None:
+            torch.autograd.backward([graph.edge], [dy])
+        del dy
+        self._give_gradient(i, graph.leaf)
+
+    def _backward_recompute(self, i: int) -> None:
+        restore_state(self._saved[i])
+        rerun = Rerun(
+            self._blocks[i].module,
+            self._z[i],
+            replay=self._replays.get(i),
+            input_gradient=i > 0 or self._input_gradient,
+        )
+        gradient = rerun.backward(self._g.pop(i + 1))
+        if gradient is not None:
+            self._g[i] = gradient
+
+    def _backward_invert(self, i: int, *, layerwise: bool) -> None:
+        module = self._blocks[i].module
+        if not isinstance(module, Invertible):
+            raise RuntimeError(f"block {self._blocks[i].name} has no inverse")
+        restore_state(self._saved[i])
+        y, dy = self._own(self._z, i + 1), self._own(self._g, i + 1)
+        if layerwise:
+            self._z[i], self._g[i] = module.backward_from_output(y, dy)
+        else:
+            self._z[i], self._g[i] = module.backward_holding(y, dy)
+
+    def _give_gradient(self, i: int, leaf: Tensor) -> None:
+        if leaf.grad is not None:
+            self._g[i] = leaf.grad
+        elif leaf.requires_grad:
+            self._g[i] = torch.zeros_like(leaf)
+
+    def _own(self, tensors: dict[int, Tensor], i: int) -> Tensor:
+        """``tensors[i]``, taken out, contiguous and safe to overwrite: copied if anybody else can see it."""
+        tensor = tensors.pop(i)
+        seen = _storage(tensor)
+        others = {_storage(other) for other in (*self._z.values(), *self._g.values())}
+        kept = any(seen in graph.storages for graph in self._graphs.values())
+        if kept or seen in self._foreign or seen in others or not tensor.is_contiguous():
+            return tensor.clone(memory_format=torch.contiguous_format)
+        return tensor
+
+
+def _watching(storages: set[int]) -> saved_tensors_hooks:
+    """Notes the storages that autograd saves inside, and checks their versions as autograd would."""
+
+    def pack(tensor: Tensor) -> tuple[Tensor, int]:
+        storages.add(_storage(tensor))
+        return tensor.detach(), tensor._version
+
+    def unpack(packed: tuple[Tensor, int]) -> Tensor:
+        tensor, version = packed
+        if tensor._version != version:
+            raise RuntimeError(
+                "a tensor that a stored block needs for its gradient was changed by an in-place operation "
+                "inside that block"
+            )
+        return tensor
+
+    return saved_tensors_hooks(pack, unpack)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -1,0 +1,208 @@
+"""A training step as a value: a frozen list of instructions that is simulated, executed, printed and exported.
+
+Blocks are numbered 0..L-1; ``z[i]`` is the input of block i and ``g[i]`` the gradient with respect to it.
+
+| instruction             | needs                      | gives                                                        |
+|-------------------------|----------------------------|--------------------------------------------------------------|
+| forward i keep=all      | z[i]                       | z[i+1], and what autograd saves for block i; z[i] stays      |
+| forward i keep=input    | z[i]                       | z[i+1]; z[i] stays                                           |
+| forward i keep=nothing  | z[i]                       | z[i+1]; z[i] is gone, in its memory where block i can        |
+| recompute i..j keep     | z[i]                       | the same again for blocks i to j, without side effects       |
+| head                    | z[L]                       | g[L]: the loss is the caller's                               |
+| backward i saved        | g[i+1], saved              | g[i]                                                         |
+| backward i recompute    | g[i+1], z[i]               | g[i]; z[i] stays                                             |
+| backward i invert       | g[i+1], z[i+1]             | g[i] and z[i], in the memory of g[i+1] and z[i+1]            |
+| backward i invert_layerwise | as invert              | as invert, holding no hidden activation                      |
+| offload / fetch z[i]    | z[i]                       | moves it out of the device's memory and back                 |
+| update i                | gradients of block i       | optimiser step of block i; its gradients are freed           |
+| free z[i]               | z[i]                       |                                                              |
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Literal, get_args
+
+from edgetrain.errors import ModelError
+
+Keep = Literal["all", "input", "nothing"]
+How = Literal["saved", "recompute", "invert", "invert_layerwise"]
+Place = Literal["host", "disk"]
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Forward:
+    """z[block + 1] from z[block]."""
+
+    op: ClassVar[str] = "forward"
+    block: int
+    keep: Keep
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """Forward again through blocks first..last, inclusive."""
+
+    op: ClassVar[str] = "recompute"
+    first: int
+    last: int
+    keep: Keep
+
+
+@dataclass(frozen=True)
+class Head:
+    """The caller's loss: z[L] leaves, g[L] comes back."""
+
+    op: ClassVar[str] = "head"
+
+
+@dataclass(frozen=True)
+class Backward:
+    """g[block] from g[block + 1]."""
+
+    op: ClassVar[str] = "backward"
+    block: int
+    how: How
+
+
+@dataclass(frozen=True)
+class Offload:
+    """z[index] leaves the device's memory for the host's, or for a file."""
+
+    op: ClassVar[str] = "offload"
+    index: int
+    to: Place = "host"
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """z[index] comes back."""
+
+    op: ClassVar[str] = "fetch"
+    index: int
+
+
+@dataclass(frozen=True)
+class Update:
+    """Optimiser step of one block; its gradients are freed."""
+
+    op: ClassVar[str] = "update"
+    block: int
+
+
+@dataclass(frozen=True)
+class Free:
+    """z[index] is dropped."""
+
+    op: ClassVar[str] = "free"
+    index: int
+
+
+Instruction = Forward | Recompute | Head | Backward | Offload | Fetch | Update | Free
+_BY_OP: dict[str, type[Any]] = {kind.op: kind for kind in get_args(Instruction)}
+
+
+@dataclass(frozen=True)
+class Program:
+    """One training step of a chain.
+
+    Attributes:
+        names: of the blocks.
+        shapes: of z[0] ... z[L], batch first.
+        instructions: in order.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    instructions: tuple[Instruction, ...]
+
+    def table(self) -> str:
+        """The instructions as text, a line each, with the shape they give."""
+        rows = [f"{'':>4} {'instruction':<34} {'block':<22} gives"]
+        for number, step in enumerate(self.instructions):
+            rows.append(f"{number:>4} {_describe(step):<34} {self._name(step):<22} {self._gives(step)}".rstrip())
+        return "\n".join(rows)
+
+    def to_json(self) -> str:
+        """JSON that :meth:`from_json` reads without loss."""
+        return json.dumps(
+            {
+                "version": FORMAT_VERSION,
+                "names": self.names,
+                "shapes": self.shapes,
+                "instructions": [{"op": step.op, **asdict(step)} for step in self.instructions],
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Program:
+        """The Program that :meth:`to_json` wrote.
+
+        Raises:
+            ModelError: the text is none, or of another version.
+        """
+        try:
+            data = json.loads(text)
+            if data["version"] != FORMAT_VERSION:
+                raise ValueError(f"version {data['version']}")
+            return cls(
+                names=tuple(str(name) for name in data["names"]),
+                shapes=tuple(tuple(int(size) for size in shape) for shape in data["shapes"]),
+                instructions=tuple(_instruction(step) for step in data["instructions"]),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(
+                found=f"a program that cannot be read ({error})",
+                expected=f"JSON of a program of version {FORMAT_VERSION}",
+                action="make the plan again with this version of edgetrain",
+            ) from error
+
+    def _name(self, step: Instruction) -> str:
+        block = getattr(step, "block", getattr(step, "last", None))
+        return "" if block is None else self.names[block]
+
+    def _gives(self, step: Instruction) -> str:
+        if isinstance(step, Forward):
+            return f"z[{step.block + 1}] {_shape(self.shapes[step.block + 1])}"
+        if isinstance(step, Recompute):
+            return f"z[{step.last + 1}] {_shape(self.shapes[step.last + 1])}"
+        if isinstance(step, Backward):
+            also = f", z[{step.block}]" if step.how.startswith("invert") else ""
+            return f"g[{step.block}]{also} {_shape(self.shapes[step.block])}"
+        return ""
+
+
+def _instruction(data: dict[str, Any]) -> Instruction:
+    kind = _BY_OP[data["op"]]
+    arguments = {key: value for key, value in data.items() if key != "op"}
+    allowed = {"keep": get_args(Keep), "how": get_args(How), "to": get_args(Place)}
+    for field in fields(kind):
+        value = arguments.get(field.name)
+        if field.name in allowed and value is not None and value not in allowed[field.name]:
+            raise ValueError(f"{field.name} {value!r}")
+        if field.name not in allowed and not isinstance(value, int):
+            raise ValueError(f"{field.name} {value!r}")
+    return kind(**arguments)  # type: ignore[no-any-return]
+
+
+def _describe(step: Instruction) -> str:
+    if isinstance(step, Forward):
+        return f"forward {step.block} keep={step.keep}"
+    if isinstance(step, Recompute):
+        return f"recompute {step.first}..{step.last} keep={step.keep}"
+    if isinstance(step, Backward):
+        return f"backward {step.block} {step.how}"
+    if isinstance(step, Update):
+        return f"update {step.block}"
+    if isinstance(step, Offload):
+        return f"offload z[{step.index}] to {step.to}"
+    if isinstance(step, Fetch | Free):
+        return f"{step.op} z[{step.index}]"
+    return step.op
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(str(size) for size in shape)

@@ -1,0 +1,130 @@
+"""``wrap(model, plan)``: an ordinary module whose training step is a Program.
+
+    net = edgetrain.wrap(model, plan)
+    loss = criterion(net(x), y)
+    loss.backward()
+    optimizer.step()
+
+One autograd function stands around the whole chain: its forward runs the program up to the head and hands out
+the logits, its backward takes the gradient of whatever loss was made of them and runs the rest. Gradients of
+the parameters are added to their ``.grad`` in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from edgetrain.chain import Chain, chain_of
+from edgetrain.errors import ModelError
+from edgetrain.runtime.executor import Execution
+from edgetrain.runtime.program import Program, Update
+
+
+class Planned(Protocol):
+    """Whatever carries a Program: a Plan."""
+
+    @property
+    def program(self) -> Program: ...
+
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+class Wrapped(nn.Module):
+    """A model that trains as its plan says; without gradients it is the model itself.
+
+    Attributes:
+        model: the module given to :func:`wrap`; its parameters and buffers are shared, not copied.
+        plan: what is executed.
+        optimizers: one per block with parameters where the plan updates in the backward pass, else empty.
+    """
+
+    def __init__(self, model: nn.Module, plan: Planned, *, optimizer: OptimizerFactory | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.plan = plan
+        self._chain = chain_of(model)
+        _check(self._chain, plan.program)
+        self.optimizers: dict[int, torch.optim.Optimizer] = {}
+        if any(isinstance(step, Update) for step in plan.program.instructions):
+            if optimizer is None:
+                raise ModelError(
+                    found="a plan that updates each block in the backward pass and no optimizer",
+                    expected="a function that makes an optimizer for the parameters of one block",
+                    action="pass optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1)",
+                )
+            for i, block in enumerate(self._chain.blocks):
+                parameters = [p for p in block.module.parameters() if p.requires_grad]
+                if parameters:
+                    self.optimizers[i] = optimizer(parameters)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of ``x`` (n, c, h, w)."""
+        if not torch.is_grad_enabled():
+            return self.model(x)
+        expected = self.plan.program.shapes[0][1:]
+        if tuple(x.shape[1:]) != expected:
+            raise ModelError(
+                found=f"a batch of samples {tuple(x.shape[1:])}",
+                expected=f"samples {expected}, for which the plan was made",
+                action="make a plan for this input, or resize the images",
+            )
+        # the anchor makes the result require a gradient although no parameter passes through the function
+        anchor = torch.zeros((), requires_grad=True)
+        return _Step.apply(x, anchor, self)  # type: ignore[no-any-return, no-untyped-call]
+
+    def _update(self, block: int) -> None:
+        optimizer = self.optimizers.get(block)
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+
+def wrap(model: nn.Module, plan: Planned, *, optimizer: OptimizerFactory | None = None) -> Wrapped:
+    """A module that computes what ``model`` computes and whose training step is ``plan.program``.
+
+    Args:
+        model: the module that the plan was made for.
+        plan: of :func:`edgetrain.uniform_plan`.
+        optimizer: makes the optimizer of one block's parameters; needed, and used, only where the plan updates in
+            the backward pass.
+
+    Raises:
+        ModelError: the plan is for another model.
+    """
+    return Wrapped(model, plan, optimizer=optimizer)
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, wrapped: Wrapped) -> Tensor:
+        ctx.execution = Execution(wrapped.plan.program, wrapped._chain.blocks, update=wrapped._update)
+        y: Tensor = ctx.execution.forward(x)
+        return y.view_as(y)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None]:
+        if ctx.execution is None:
+            raise RuntimeError("backward was called twice on one step of a wrapped model: run the forward pass again")
+        execution: Execution
+        execution, ctx.execution = ctx.execution, None
+        return execution.backward(dy), None, None
+
+
+def _check(chain: Chain, program: Program) -> None:
+    names = tuple(block.name for block in chain.blocks)
+    if names != program.names:
+        differing = next(
+            (pair for pair in zip(names, program.names, strict=False) if pair[0] != pair[1]),
+            (f"{len(names)} blocks", f"{len(program.names)} blocks"),
+        )
+        raise ModelError(
+            found=f"a model whose chain has {differing[0]!r} where the plan has {differing[1]!r}",
+            expected="the model that the plan was made for",
+            action="make a new plan for this model",
+        )
