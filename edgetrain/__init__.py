@@ -29,7 +29,24 @@ _HOMES = {
 }
 _ROOMS = ("chain", "export", "memory", "models", "nn", "planner", "runtime", "train")
 
-__all__ = [*_HOMES, *_ROOMS, "__version__"]
+__all__ = [
+    "Plan",
+    "Trainer",
+    "Wrapped",
+    "__version__",
+    "chain",
+    "create_model",
+    "export",
+    "export_onnx",
+    "memory",
+    "models",
+    "nn",
+    "planner",
+    "runtime",
+    "train",
+    "uniform_plan",
+    "wrap",
+]
 
 
 def __getattr__(name: str) -> Any:

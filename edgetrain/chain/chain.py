@@ -72,7 +72,7 @@ class Chain:
         with FakeTensorMode() as fake, torch.no_grad(), torch.random.fork_rng(devices=[]):
             z = torch.empty(input_shape, dtype=dtype)
             for block in self.blocks:
-                state = {
+                state: dict[str, torch.Tensor] = {
                     name: fake.from_tensor(value)
                     for name, value in [*block.module.named_parameters(), *block.module.named_buffers()]
                 }

@@ -36,7 +36,7 @@ def create_model(name: str, num_classes: int = 10, **options: Any) -> nn.Sequent
 
     Args:
         num_classes: width of the output.
-        options: of the family: ``in_channels``, ``width`` or ``widths``, ``blocks``, ``pooling``, ``slope``, ``eps_i``...
+        options: of the family: ``in_channels``, ``width`` or ``widths``, ``blocks``, ``pooling``, ``slope``...
 
     Raises:
         UsageError: no such name; the message lists the near ones.

@@ -13,6 +13,7 @@ Backward from the output: with z = y the normalised values are xhat = (z - beta)
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgetrain.nn.invertible import Invertible
@@ -59,7 +60,9 @@ class InvertibleBatchNorm(Invertible):
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             statistics = self._statistics(x, replay=is_replaying())
-        return normalise(x, self.scale(), self.bias, statistics)
+        if statistics.from_batch:
+            return normalise(x, self.scale(), self.bias, statistics)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.scale(), self.bias, False, 0.0, self.eps)
 
     @torch.no_grad()
     def forward_(self, x: Tensor, *, replay: bool = False) -> Tensor:
@@ -136,7 +139,7 @@ class InvertibleBatchNorm(Invertible):
 
 
 @torch.no_grad()
-def accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
+def accumulate(parameter: Tensor, gradient: Tensor) -> None:
     """Adds ``gradient`` to ``parameter.grad`` in place, as autograd would; frozen parameters are left alone."""
     if not parameter.requires_grad:
         return

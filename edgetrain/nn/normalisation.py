@@ -80,13 +80,13 @@ def affine_of(statistics: Statistics, scale: Tensor, bias: Tensor) -> tuple[Tens
 
 class _Normalise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, scale, mean, invstd)
         return torch.native_batch_norm(x, scale, bias, mean, invstd.square().reciprocal_(), False, 0.0, 0.0)[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy: Tensor):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, dy: Tensor):  # type: ignore[no-untyped-def]
         x, scale, mean, invstd = ctx.saved_tensors
         mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
         dx, dscale, dbias = torch.ops.aten.native_batch_norm_backward(
@@ -96,14 +96,10 @@ class _Normalise(torch.autograd.Function):
 
 
 def normalise(x: Tensor, scale: Tensor, bias: Tensor, statistics: Statistics) -> Tensor:
-    """``scale (x - mean) invstd + bias``; differentiable, through the statistics too where they come from ``x``.
+    """``scale (x - mean) invstd + bias``, differentiable through the statistics, which come from ``x``.
 
     Args:
         x: (n, c, ...).
         scale: (c,), as ``bias``.
     """
-    if statistics.from_batch:
-        return _Normalise.apply(x, scale, bias, statistics.mean, statistics.invstd)  # type: ignore[no-any-return, no-untyped-call]
-    shape = [1, -1] + [1] * (x.dim() - 2)
-    factor, offset = affine_of(statistics, scale, bias)
-    return torch.addcmul(offset.view(shape), x, factor.view(shape))
+    return _Normalise.apply(x, scale, bias, statistics.mean, statistics.invstd)

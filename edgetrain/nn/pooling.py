@@ -67,8 +67,9 @@ class ChannelPool(InvertiblePool):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
+        shape = self.output_shape(x.shape)
         y = x.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4)  # (n, c, 2, 2, h/2, w/2)
-        return y.reshape(self.output_shape(x.shape))
+        return y.reshape(shape)
 
     def permute_back(self, y: Tensor) -> Tensor:
         n, c, h, w = y.shape

@@ -62,9 +62,9 @@ def conv2d(
 ) -> Tensor:
     """As ``torch.nn.functional.conv2d`` on x (n, c, h, w), which it calls where one slice holds the batch."""
     if x.dim() != 4 or isinstance(padding, str) or len(list(batch_slices(x))) <= 1:
-        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     settings = (*(_pair(value) for value in (stride, padding, dilation)), groups)
-    return _SlicedConv.apply(x, weight, bias, settings)  # type: ignore[no-any-return, no-untyped-call]
+    return _SlicedConv.apply(x, weight, bias, settings)
 
 
 def _pair(value: int | tuple[int, ...]) -> list[int]:

@@ -46,7 +46,7 @@ def offload(tensor: Tensor, place: Place) -> Offloaded:
     if place == "host":
         return Offloaded(tensor.shape, tensor.dtype, tensor.device, host=tensor.to("cpu", copy=True))
     file = tempfile.TemporaryFile()  # noqa: SIM115 - lives until it is fetched
-    file.write(_bytes_of(tensor.detach().to("cpu").contiguous()))
+    file.write(_bytes_of(tensor.detach().to("cpu").contiguous()).data)
     return Offloaded(tensor.shape, tensor.dtype, tensor.device, file=file)
 
 

@@ -185,7 +185,7 @@ def _instruction(data: dict[str, Any]) -> Instruction:
             raise ValueError(f"{field.name} {value!r}")
         if field.name not in allowed and not isinstance(value, int):
             raise ValueError(f"{field.name} {value!r}")
-    return kind(**arguments)  # type: ignore[no-any-return]
+    return kind(**arguments)
 
 
 def _describe(step: Instruction) -> str:

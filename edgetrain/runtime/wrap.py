@@ -75,7 +75,7 @@ class Wrapped(nn.Module):
             )
         # the anchor makes the result require a gradient although no parameter passes through the function
         anchor = torch.zeros((), requires_grad=True)
-        return _Step.apply(x, anchor, self)  # type: ignore[no-any-return, no-untyped-call]
+        return _Step.apply(x, anchor, self)
 
     def _update(self, block: int) -> None:
         optimizer = self.optimizers.get(block)

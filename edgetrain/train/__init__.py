@@ -1,0 +1,17 @@
+"""Training: recipe, loop, checkpoints, data."""
+
+from edgetrain.train.checkpoint import load_weights, save_checkpoint, write_atomically
+from edgetrain.train.recipe import Recipe
+from edgetrain.train.trainer import EpochRecord, InterruptedRunError, StepRecord, Trainer, evaluate
+
+__all__ = [
+    "EpochRecord",
+    "InterruptedRunError",
+    "Recipe",
+    "StepRecord",
+    "Trainer",
+    "evaluate",
+    "load_weights",
+    "save_checkpoint",
+    "write_atomically",
+]

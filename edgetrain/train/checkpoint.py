@@ -1,0 +1,88 @@
+"""Checkpoints that are whole or absent: safetensors, written aside, synced, then renamed.
+
+``model.*`` holds the state dict, ``momentum.<parameter>`` the optimiser's buffers; epoch, step and a format
+version stand in the metadata. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from edgetrain.errors import StorageError
+
+FORMAT_VERSION = "1"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes ``content`` to ``path`` so that a reader sees the old file or the new one, never a part.
+
+    Raises:
+        StorageError: the disk is full or refuses; what was there before is still there.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise StorageError(
+            found=f"{path} could not be written: {error.strerror or error}",
+            expected=f"{len(content)} bytes of free, writable disk",
+            action="free some space or choose another --out; what was saved before is intact",
+        ) from error
+
+
+def save_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, epoch: int, step: int
+) -> None:
+    """Writes weights, buffers and momentum of ``model`` to ``path``.
+
+    Raises:
+        StorageError: see :func:`write_atomically`.
+    """
+    tensors = {f"model.{name}": value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    if optimizer is not None:
+        for name, parameter in model.named_parameters():
+            buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
+            if isinstance(buffer, Tensor):
+                tensors[f"momentum.{name}"] = buffer.detach().cpu().contiguous()
+    metadata = {"format": FORMAT_VERSION, "epoch": str(epoch), "step": str(step)}
+    write_atomically(path, save(tensors, metadata=metadata))
+
+
+def load_weights(path: Path, model: nn.Module) -> dict[str, int]:
+    """Puts the weights and buffers of ``path`` into ``model``; gives ``{"epoch": ..., "step": ...}``.
+
+    Raises:
+        StorageError: the file is missing, damaged, or of another model.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            prefix = "model."
+            state = {name[len(prefix) :]: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
+        model.load_state_dict(state)
+        return {"epoch": int(metadata["epoch"]), "step": int(metadata["step"])}
+    except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
+        raise StorageError(
+            found=f"{path} cannot be loaded: {str(error).splitlines()[0]}",
+            expected="a checkpoint of this model",
+            action="name the checkpoint of a run of the same --model",
+        ) from error

@@ -1,0 +1,27 @@
+"""The order of the elements under the two poolings, (3.29), written out."""
+
+from __future__ import annotations
+
+import torch
+
+from edgetrain.nn import BatchPool, ChannelPool
+
+
+def test_channel_pool_order() -> None:
+    x = torch.randn(2, 3, 4, 6)
+    y = ChannelPool()(x)
+    assert y.shape == (2, 12, 2, 3)
+    for c in range(3):
+        for i in range(2):
+            for j in range(2):
+                assert torch.equal(y[:, 4 * c + 2 * i + j], x[:, c, i::2, j::2])
+
+
+def test_batch_pool_order() -> None:
+    x = torch.randn(2, 3, 4, 6)
+    y = BatchPool()(x)
+    assert y.shape == (8, 3, 2, 3)
+    for n in range(2):
+        for i in range(2):
+            for j in range(2):
+                assert torch.equal(y[4 * n + 2 * i + j], x[n, :, i::2, j::2])
