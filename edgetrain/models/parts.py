@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgetrain.errors import ModelError, UsageError
 from edgetrain.nn import BatchPool, ChannelPool
+from edgetrain.nn.slices import batch_slices
 
 HEAD_SCALE = 0.125
 """Factor on the logits in the authors' recipe."""
@@ -29,13 +32,44 @@ class Head(nn.Module):
         self.linear = nn.Linear(channels, num_classes, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        # two steps, because the gradient of the first writes into one tensor of the size of x and nothing else
-        x = F.adaptive_max_pool2d(x, 1).flatten(1)  # (parts * n, c)
-        x = x.view(-1, self.parts, x.shape[1]).amax(1)  # (n, c)
-        return self.linear(x) * HEAD_SCALE
+        if torch.is_grad_enabled():
+            pooled = _GlobalMax.apply(x, self.parts)
+        else:
+            pooled = x.amax((2, 3)).view(-1, self.parts, x.shape[1]).amax(1)
+        return self.linear(pooled) * HEAD_SCALE
 
     def extra_repr(self) -> str:
         return f"parts={self.parts}"
+
+
+class _GlobalMax(torch.autograd.Function):
+    """Maximum over pixels and parts: x (parts * n, c, h, w) -> (n, c); keeps one position for each output.
+
+    At the head the last activation and its gradient are both alive, which makes it the peak of a layer-wise
+    network: torch's pooling would keep 8 bytes per channel of every part besides.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parts: int) -> Tensor:
+        n, c = x.shape[0] // parts, x.shape[1]
+        grouped = x.reshape(n, parts, c, -1)  # (n, parts, c, h w)
+        values, positions = x.new_empty(n, c), torch.empty(n, c, dtype=torch.int32, device=x.device)
+        for s in batch_slices(grouped):
+            largest = grouped[s].transpose(1, 2).flatten(2).max(2)
+            values[s], positions[s] = largest
+        ctx.save_for_backward(positions)
+        ctx.shape, ctx.grouped_shape = x.shape, grouped.shape
+        return values
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        (positions,) = ctx.saved_tensors
+        n, _, c, pixels = ctx.grouped_shape
+        dx = dy.new_zeros(ctx.grouped_shape)
+        index = torch.arange(n, device=dy.device).view(n, 1), torch.arange(c, device=dy.device).view(1, c)
+        dx[index[0], positions // pixels, index[1], positions % pixels] = dy
+        return dx.view(ctx.shape), None
 
 
 class MaxPoolPad(nn.Module):

@@ -18,7 +18,7 @@ from edgetrain.nn.activation import InvertibleLeakyReLU
 from edgetrain.nn.batchnorm import InvertibleBatchNorm, accumulate
 from edgetrain.nn.invertible import Invertible
 from edgetrain.nn.sequential import InvertibleSequential
-from edgetrain.nn.slices import batch_slices
+from edgetrain.nn.slices import FINE_SLICE_BYTES, batch_slices
 
 
 class CouplingConv(Invertible):
@@ -154,7 +154,7 @@ class CouplingStack(InvertibleSequential):
         carried = torch.empty_like(x)
         carried_gradient = torch.empty_like(x) if len(layers) > 2 else carried
         sums = _zero_sums(x)
-        for s in batch_slices(x):
+        for s in batch_slices(x, FINE_SLICE_BYTES):
             y = self.forward_(x[s].clone(), replay=True)
             minuend[s].sub_(y)
             z, dz = last.act.backward_from_output(y, dy[s].clone())
@@ -164,7 +164,7 @@ class CouplingStack(InvertibleSequential):
 
         for layer, below in zip(layers[:0:-1], layers[-2::-1], strict=True):
             sums_below = _zero_sums(x)
-            for s in batch_slices(x):
+            for s in batch_slices(x, FINE_SLICE_BYTES):
                 z = carried[s]
                 dz = layer.act.derivative_(z, dy[s].clone()) if layer is last else carried_gradient[s].clone()
                 u, du = layer.conv.backward_from_output(*layer.norm.backward_with_sums(z, dz, sums, count=count))
@@ -175,7 +175,7 @@ class CouplingStack(InvertibleSequential):
             sums = sums_below
             below.norm.add_gradients(*sums)
 
-        for s in batch_slices(x):
+        for s in batch_slices(x, FINE_SLICE_BYTES):
             z = first.norm.forward_(first.conv.forward_(x[s].clone()), replay=True)
             y, dz = first.norm.backward_with_sums(z, carried[s], sums, count=count)
             dx[s].add_(first.conv.backward_between(x[s], y, dz))

@@ -14,17 +14,21 @@ from torch import Tensor
 
 from edgetrain.units import MIB
 
-SLICE_BYTES = 1 * MIB
-"""Size of one slice of one tensor. A CUDA device keeps busy only with larger ones."""
+SLICE_BYTES = 2 * MIB
+"""Size of one slice of one tensor, for work with few temporaries."""
 
-CUDA_SLICE_BYTES = 8 * MIB
+FINE_SLICE_BYTES = MIB
+"""The same for work that has many at once."""
+
+CUDA_FACTOR = 8
+"""A CUDA device keeps busy only with larger slices."""
 
 
-def batch_slices(x: Tensor) -> Iterator[slice]:
-    """Slices of the first dimension of ``x`` that hold at most ``SLICE_BYTES``, and at least one sample, each."""
+def batch_slices(x: Tensor, slice_bytes: int = SLICE_BYTES) -> Iterator[slice]:
+    """Slices of the first dimension of ``x`` that hold at most ``slice_bytes``, and at least one sample, each."""
     if x.shape[0] == 0:
         return
     sample_bytes = max(1, x[0].numel() * x.element_size())
-    step = max(1, (CUDA_SLICE_BYTES if x.is_cuda else SLICE_BYTES) // sample_bytes)
+    step = max(1, (CUDA_FACTOR if x.is_cuda else 1) * slice_bytes // sample_bytes)
     for start in range(0, x.shape[0], step):
         yield slice(start, min(start + step, x.shape[0]))

@@ -2,26 +2,41 @@
 
 ``model.*`` holds the state dict, ``momentum.<parameter>`` the optimiser's buffers; epoch, step and a format
 version stand in the metadata. Nothing is pickled.
+
+Written here and read by the safetensors library: its writer makes two copies of the whole state, and inside a
+memory cap it ends the process where it gets no memory. The format is eight bytes with the length of a JSON header,
+the header (dtype, shape and place of every tensor), then the tensors' bytes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from edgetrain.errors import StorageError
 
 FORMAT_VERSION = "1"
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes ``content`` to ``path`` so that a reader sees the old file or the new one, never a part.
+def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
+    """Writes ``content``, in one piece or several, to ``path``: a reader sees the old file or the new one.
 
     Raises:
         StorageError: the disk is full or refuses; what was there before is still there.
@@ -30,7 +45,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(content)
+            for piece in [content] if isinstance(content, bytes) else content:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -44,7 +60,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
         raise StorageError(
             found=f"{path} could not be written: {error.strerror or error}",
-            expected=f"{len(content)} bytes of free, writable disk",
+            expected="free, writable disk",
             action="free some space or choose another --out; what was saved before is intact",
         ) from error
 
@@ -64,7 +80,26 @@ def save_checkpoint(
             if isinstance(buffer, Tensor):
                 tensors[f"momentum.{name}"] = buffer.detach().cpu().contiguous()
     metadata = {"format": FORMAT_VERSION, "epoch": str(epoch), "step": str(step)}
-    write_atomically(path, save(tensors, metadata=metadata))
+    write_atomically(path, _serialise(tensors, metadata))
+
+
+def _serialise(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, tensor by tensor, without copying any."""
+    header: dict[str, object] = {"__metadata__": metadata}
+    place = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [place, place + size],
+        }
+        place += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors.values():
+        yield tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def load_weights(path: Path, model: nn.Module) -> dict[str, int]:

@@ -1,0 +1,55 @@
+"""``--model NAME`` of the zoo, or ``--model module:function`` of the user's own code."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from edgetrain.errors import UsageError
+from edgetrain.models import create_model
+
+
+def model_maker(spec: str, *, num_classes: int, in_channels: int) -> Callable[[], nn.Module]:
+    """A function that makes the network ``spec`` names, with fresh weights.
+
+    A function of the user's is called with ``num_classes`` and ``in_channels`` if it takes them.
+
+    Raises:
+        UsageError: nothing has that name, or what it gives is no module.
+    """
+    if ":" not in spec:
+        create_meta = functools.partial(create_model, spec, num_classes, in_channels=in_channels)
+        return create_meta
+    module_name, _, function_name = spec.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            found=f"--model {spec}: {error}",
+            expected="a function in a module that can be imported from this folder",
+            action="write it like my_models:make_net",
+        ) from error
+    finally:
+        sys.path.pop(0)
+    return functools.partial(_call, spec, function, {"num_classes": num_classes, "in_channels": in_channels})
+
+
+def _call(spec: str, function: Callable[..., Any], offered: dict[str, int]) -> nn.Module:
+    import inspect
+
+    taken = inspect.signature(function).parameters
+    model = function(**{name: value for name, value in offered.items() if name in taken})
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            found=f"{spec} gave {type(model).__name__}",
+            expected="a torch.nn.Module",
+            action="return the network from the function",
+        )
+    return model

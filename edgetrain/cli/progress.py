@@ -1,0 +1,60 @@
+"""The progress line of a training run: loss, accuracy, images/s, memory now and at its peak against the budget."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from edgetrain.targets import Target
+from edgetrain.train import StepRecord
+from edgetrain.units import MIB
+
+
+class TrainingProgress:
+    """A bar on stderr; silent where ``quiet``.
+
+    Args:
+        budget_bytes: shown beside the memory, None for no cap.
+    """
+
+    def __init__(self, *, budget_bytes: int | None, quiet: bool) -> None:
+        self._budget = "" if budget_bytes is None else f" of {budget_bytes / MIB:.0f}"
+        self._progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f} acc {task.fields[accuracy]:.1%}"),
+            TextColumn("{task.fields[rate]:.0f} img/s"),
+            TextColumn("mem {task.fields[now]:.0f} peak {task.fields[peak]:.0f}{task.fields[budget]} MiB"),
+            TimeRemainingColumn(compact=True),
+            console=Console(stderr=True),
+            disable=quiet,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> TrainingProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def step(self, record: StepRecord, target: Target) -> None:
+        """Shows one step."""
+        fields = {
+            "epoch": f"{record.epoch}/{record.epochs}",
+            "loss": record.loss,
+            "accuracy": record.accuracy,
+            "rate": record.images_per_second,
+            "now": target.current_bytes() / MIB,
+            "peak": target.peak_bytes() / MIB,
+            "budget": self._budget,
+        }
+        total, done = record.epochs * record.steps, (record.epoch - 1) * record.steps + record.step
+        if self._task is None:
+            self._task = self._progress.add_task("train", total=total, **fields)
+        self._progress.update(self._task, completed=done, **fields)

@@ -1,0 +1,161 @@
+"""``edgetrain train``: data, a model, a budget; a trained run directory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, cast, get_args
+
+import typer
+
+from edgetrain.errors import DataError, UsageError, near_matches
+from edgetrain.units import format_mib, parse_size
+
+
+def train(
+    data: Annotated[str, typer.Option(help="Folder or file of images and labels, or 'digits'.")],
+    model: Annotated[str, typer.Option(help="Name in the zoo, or module:function.")] = "hybrid18",
+    budget: Annotated[str | None, typer.Option(help="Hard memory cap, like 400MiB.")] = None,
+    device: Annotated[str | None, typer.Option(help="Device profile, like gtx750; gives the default budget.")] = None,
+    epochs: Annotated[int, typer.Option(min=1)] = 50,
+    batch_size: Annotated[int, typer.Option(min=2)] = 512,
+    mode: Annotated[str, typer.Option(help="keep_all, recompute, invert or invert_layerwise.")] = "invert_layerwise",
+    image_size: Annotated[int | None, typer.Option(min=8, help="Side in pixels; images are resized.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak rate; default 0.4 per 512 samples.")] = None,
+    limit_train: Annotated[int | None, typer.Option(min=1, help="Use that many training images.")] = None,
+    limit_test: Annotated[int | None, typer.Option(min=1, help="Use that many test images.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    out: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/last"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
+    quiet: Annotated[bool, typer.Option(help="No progress on stderr.")] = False,
+) -> None:
+    """Train a network on images inside a hard memory cap."""
+    result = run_training(
+        data=data,
+        model=model,
+        budget_bytes=choose_budget(budget, device),
+        epochs=epochs,
+        batch_size=batch_size,
+        mode=mode,
+        image_size=image_size,
+        learning_rate=learning_rate,
+        limit_train=limit_train,
+        limit_test=limit_test,
+        seed=seed,
+        out=out,
+        quiet=quiet,
+    )
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    for record in result["history"]:
+        test = "" if record["test_accuracy"] is None else f"  test {record['test_accuracy']:.2%}"
+        typer.echo(
+            f"epoch {record['epoch']:>3}  loss {record['loss']:.4f}  train {record['accuracy']:.2%}{test}  "
+            f"{record['images_per_second']:.0f} images/s"
+        )
+    against = "" if result["budget_bytes"] is None else f" of {format_mib(result['budget_bytes'])}"
+    typer.echo(f"peak memory {format_mib(result['peak_bytes'])}{against}; run in {out}")
+
+
+def choose_budget(budget: str | None, device: str | None) -> int | None:
+    """Bytes of ``budget``, or the default of the profile ``device``, or None for no cap.
+
+    Raises:
+        UsageError: no such profile, or no size.
+    """
+    if device is not None:
+        from edgetrain.profiles import load_profile
+
+        default = load_profile(device).default_budget_bytes
+        return default if budget is None else parse_size(budget)
+    return None if budget is None else parse_size(budget)
+
+
+def run_training(
+    *,
+    data: str,
+    model: str,
+    budget_bytes: int | None,
+    epochs: int,
+    batch_size: int,
+    mode: str,
+    image_size: int | None,
+    learning_rate: float | None,
+    limit_train: int | None,
+    limit_test: int | None,
+    seed: int,
+    out: Path,
+    quiet: bool,
+) -> dict[str, Any]:
+    """What ``edgetrain train`` does, as a value: the result that ``--json`` prints."""
+    import torch
+
+    from edgetrain.cli.model_argument import model_maker
+    from edgetrain.cli.progress import TrainingProgress
+    from edgetrain.planner import UniformMode
+    from edgetrain.train import Recipe
+    from edgetrain.train.capped import train_capped
+    from edgetrain.train.data import Loader, channel_statistics, open_source
+
+    if mode not in get_args(UniformMode):
+        known = list(get_args(UniformMode))
+        raise UsageError(
+            found=f"--mode {mode}", expected="one of " + ", ".join(known), action=near_matches(mode, known)
+        )
+    source = open_source(data, split="train", limit=limit_train, seed=seed)
+    try:
+        test_source = open_source(data, split="test", limit=limit_test, seed=seed)
+    except DataError as error:
+        if "split" not in error.found:
+            raise
+        test_source = None
+    make_model = model_maker(model, num_classes=len(source.classes), in_channels=source.channels)
+    shape = (source.channels, *([image_size or default_image_size(source)] * 2))
+    input_shape = (shape[0], shape[1], shape[2])
+    batch_size = min(batch_size, len(source))
+    recipe = Recipe(epochs=epochs, batch_size=batch_size, peak_rate=learning_rate, seed=seed)
+    mean, std = channel_statistics(source, input_shape, seed=seed)
+
+    def make_batches() -> tuple[Any, Any]:
+        shared: dict[str, Any] = {"image_size": input_shape, "mean": mean, "std": std, "seed": seed}
+        training = Loader(source, batch_size=batch_size, augment=True, shuffle=True, drop_last=True, **shared)
+        if test_source is None:
+            return training, None
+        test_batch = min(batch_size, 128)
+        return training, Loader(
+            test_source, batch_size=test_batch, augment=False, shuffle=False, drop_last=False, **shared
+        )
+
+    with TrainingProgress(budget_bytes=budget_bytes, quiet=quiet) as progress:
+        run = train_capped(
+            make_model,
+            make_batches,
+            mode=cast(UniformMode, mode),
+            input_shape=input_shape,
+            recipe=recipe,
+            run_dir=out,
+            budget_bytes=budget_bytes,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            on_step=progress.step,
+        )
+    return {
+        "model": model,
+        "mode": mode,
+        "classes": list(source.classes),
+        "input_shape": list(input_shape),
+        "batch_size": batch_size,
+        "seed": seed,
+        "history": [asdict(record) for record in run.history],
+        "peak_bytes": run.peak_bytes,
+        "budget_bytes": run.budget_bytes,
+        "checkpoint": str(run.checkpoint),
+        "normalisation": {"mean": [float(v) for v in mean], "std": [float(v) for v in std]},
+    }
+
+
+def default_image_size(source: Any) -> int:
+    """Side of the first image, at most 64, rounded up to a multiple of 8 that three poolings can halve, at least 16."""
+    height, width = source.decode(0).shape[:2]
+    return max(16, -(-min(max(height, width), 64) // 8) * 8)

@@ -1,0 +1,166 @@
+"""A training run inside a hard memory cap, from the data to the record of what it took.
+
+The cap counts everything that the run adds to a process that has already loaded its libraries and run one small
+step: weights, gradients, optimiser, activations, batches being decoded. On the CPU it is a process limit, on CUDA
+a fraction of the allocator; an allocation beyond it fails, and the failure ends the run with advice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from edgetrain.errors import BudgetError
+from edgetrain.models import create_model
+from edgetrain.nn.slices import SLICE_BYTES
+from edgetrain.planner import UniformMode, uniform_plan
+from edgetrain.runtime import wrap
+from edgetrain.targets import Target, return_large_blocks, select_target
+from edgetrain.train.advice import advise
+from edgetrain.train.recipe import Recipe
+from edgetrain.train.trainer import Batches, EpochRecord, StepRecord, Trainer
+from edgetrain.units import format_mib
+
+ModelMaker = Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class CappedRun:
+    """What a run inside a cap gave.
+
+    Attributes:
+        model: trained.
+        history: a record per epoch.
+        peak_bytes: the most that the run added to the process (CPU) or to the allocator (CUDA).
+        budget_bytes: the cap, None where none was asked for.
+        checkpoint: where the last state is.
+    """
+
+    model: nn.Module
+    history: list[EpochRecord]
+    peak_bytes: int
+    budget_bytes: int | None
+    checkpoint: Path
+
+
+def train_capped(
+    make_model: ModelMaker,
+    make_batches: Callable[[], tuple[Batches, Batches | None]],
+    *,
+    mode: UniformMode,
+    input_shape: tuple[int, int, int],
+    recipe: Recipe,
+    run_dir: Path,
+    budget_bytes: int | None,
+    device: str = "cpu",
+    on_step: Callable[[StepRecord, Target], None] | None = None,
+) -> CappedRun:
+    """Trains and evaluates inside ``budget_bytes``.
+
+    Args:
+        make_model: makes the network; called inside the cap.
+        make_batches: makes training and test data, likewise.
+        input_shape: (c, h, w).
+        on_step: gets the record of each step and the target, whose memory it may read.
+
+    Raises:
+        BudgetError: the budget does not even hold the weights, or the cap was hit; names what would fit.
+    """
+    target = select_target(device)
+    if budget_bytes is not None:
+        # blocks larger than a slice go back to the kernel when they are freed: no holes that count and serve nobody
+        return_large_blocks(2 * SLICE_BYTES)
+    warm_up(device)
+    if budget_bytes is not None:
+        check_budget(make_model, mode, input_shape, budget_bytes)
+    target.start()
+    with _capped(target, budget_bytes):
+        try:
+            torch.manual_seed(recipe.seed)
+            model = make_model()
+            plan = uniform_plan(model, mode, input_shape=input_shape, batch_size=recipe.batch_size)
+            batches, test_batches = make_batches()
+            trainer = Trainer(
+                model,
+                plan,
+                run_dir=run_dir,
+                recipe=recipe,
+                device=device,
+                on_step=None if on_step is None else lambda record: on_step(record, target),
+            )
+            history = trainer.fit(batches, test_batches)
+            return CappedRun(model, history, target.peak_bytes(), budget_bytes, trainer.checkpoint)
+        except Exception as error:
+            if budget_bytes is None or not target.is_out_of_memory(error):
+                raise
+            peak_bytes, reason = target.peak_bytes(), str(error).splitlines()[0]
+    # outside the handler, so that the failed step's tensors are gone before anything is measured
+    gc.collect()
+    with ThreadPoolExecutor(1) as fresh:  # oneDNN remembers a failed allocation for as long as its thread lives
+        change = fresh.submit(
+            advise,
+            make_model,
+            mode=mode,
+            input_shape=input_shape,
+            batch_size=recipe.batch_size,
+            budget_bytes=budget_bytes,
+            device=device,
+        ).result()
+    raise BudgetError(
+        found=f"the budget of {format_mib(budget_bytes)} was used up at {format_mib(peak_bytes)} ({reason})",
+        expected=f"a step of {recipe.batch_size} samples of {'x'.join(map(str, input_shape))} in mode {mode} to fit",
+        action=change,
+    )
+
+
+def warm_up(device: str) -> None:
+    """One small training step, so that libraries, threads and kernels are loaded before anything is counted."""
+    state = torch.get_rng_state()
+    model = create_model("hybrid18", width=8).to(device)
+    plan = uniform_plan(model, "invert_layerwise", input_shape=(3, 16, 16), batch_size=2)
+    F.cross_entropy(
+        wrap(model, plan)(torch.randn(2, 3, 16, 16, device=device)), torch.zeros(2, dtype=torch.long, device=device)
+    ).backward()
+    torch.set_rng_state(state)
+
+
+def check_budget(
+    make_model: ModelMaker, mode: UniformMode, input_shape: tuple[int, int, int], budget_bytes: int
+) -> None:
+    """Refuses a budget that does not hold weights, gradients and momentum, before anything is allocated.
+
+    Raises:
+        BudgetError: with the bytes needed.
+    """
+    with torch.device("meta"):
+        model = make_model()
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    needed = 3 * parameters + buffers
+    if budget_bytes <= needed:
+        raise BudgetError(
+            found=f"a budget of {format_mib(budget_bytes)}",
+            expected=f"more than {format_mib(needed)}: weights, gradients and momentum of "
+            f"{parameters // 4:,} parameters, before any activation",
+            action=f"raise --budget above {format_mib(needed)} or choose a smaller --model",
+        )
+
+
+@contextlib.contextmanager
+def _capped(target: Target, budget_bytes: int | None) -> Iterator[None]:
+    if budget_bytes is None:
+        yield
+        return
+    target.cap(budget_bytes)
+    try:
+        yield
+    finally:
+        target.uncap()

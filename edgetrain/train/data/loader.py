@@ -1,0 +1,172 @@
+"""Batches for training: read, decoded and augmented one ahead of the step that uses them.
+
+Memory: while a step runs there are its own batch in float32 and at most one more in uint8. During ``next`` the
+batch before is there too as long as the caller holds it. Order and augmentation depend only on (seed, epoch,
+image), so a run is repeated exactly and resumed in the middle of an epoch without decoding what came before.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from edgetrain.errors import DataError, UsageError
+from edgetrain.train.data.augment import augment_image, choose
+from edgetrain.train.data.fit import ImageSize, check_image_size, fit_image
+from edgetrain.train.data.normalise import check_statistic, normalised
+from edgetrain.train.data.prefetch import prefetched
+from edgetrain.train.data.source import BrokenImage, Labels, Pixels, Source
+from edgetrain.train.data.subset import Indices, is_mirror_invariant
+
+_log = logging.getLogger(__name__)
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Loader:
+    """Gives batches of ``(images (n, c, h, w) float32, labels (n,) int64)``.
+
+    A broken image is logged once and left out: its batch is smaller, and a batch of none is left out.
+
+    Args:
+        image_size: (c, h, w) to which every image is brought.
+        augment: crop, mirror and cutout, see ``augment.py``.
+        drop_last: leave out a last batch that is smaller.
+        mean, std: per channel on the scale 0..1, as ``channel_statistics`` gives them; None leaves 0..1.
+        flip: whether augmentation mirrors; None asks the source (digits are not mirrored).
+
+    Attributes:
+        broken: (path, reason) of the broken images met in this pass, or in the last one.
+        epoch: which order and augmentation comes next.
+
+    Raises:
+        UsageError: an argument out of range.
+        DataError: fewer images than a batch, and ``drop_last``.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        batch_size: int,
+        image_size: ImageSize,
+        augment: bool,
+        shuffle: bool,
+        seed: int,
+        drop_last: bool,
+        mean: npt.ArrayLike | None = None,
+        std: npt.ArrayLike | None = None,
+        flip: bool | None = None,
+    ) -> None:
+        check_image_size(image_size)
+        _check_least("batch size", batch_size, 1)
+        _check_least("seed", seed, 0)
+        if drop_last and len(source) < batch_size:
+            raise DataError(
+                found=f"{source.name} has {len(source)} images for a batch size of {batch_size}",
+                expected="at least one whole batch",
+                action=f"lower the batch size to {len(source)} or keep the last batch",
+            )
+        self.source = source
+        self.batch_size = batch_size
+        self.image_size = image_size
+        self.epoch = 0
+        self.broken: list[tuple[str, str]] = []
+        self._augment = augment
+        self._shuffle = shuffle
+        self._seed = seed
+        self._flip = is_mirror_invariant(source) if flip is None else flip
+        self._mean = check_statistic(mean, image_size[0], "mean", default=0.0)
+        self._std = check_statistic(std, image_size[0], "std", default=1.0)
+        grey = self._mean if mean is not None else np.full(image_size[0], 0.5)
+        self._fill: Pixels = np.clip(np.rint(grey * 255), 0, 255).astype(np.uint8)  # (c,)
+        self._images = len(source) - (len(source) % batch_size if drop_last else 0)
+        self._logged: set[str] = set()
+
+    def __len__(self) -> int:
+        """Batches in an epoch, those left out because all their images are broken included."""
+        return -(-self._images // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.iterate()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order and augmentation of the next pass; raises UsageError for a negative one."""
+        _check_least("epoch", epoch, 0)
+        self.epoch = epoch
+
+    def iterate(self, start_batch: int = 0) -> Iterator[Batch]:
+        """The batches of the epoch from ``start_batch`` on; those before it are not decoded.
+
+        Raises:
+            UsageError: there is no such batch.
+            DataError: more than 1 % of the epoch's images are broken (one always may be).
+        """
+        if not 0 <= start_batch <= len(self):
+            raise UsageError(
+                found=f"start at batch {start_batch}",
+                expected=f"0 to {len(self)}, the number of batches",
+                action="use the batch size with which the run was started",
+            )
+        return self._pass(self.epoch, start_batch)
+
+    def _pass(self, epoch: int, start_batch: int) -> Iterator[Batch]:
+        self.broken = []
+        order = np.arange(len(self.source), dtype=np.int64)
+        if self._shuffle:
+            order = np.random.default_rng((self._seed, epoch)).permutation(order)
+        starts = range(start_batch * self.batch_size, self._images, self.batch_size)
+        jobs = (order[start : min(start + self.batch_size, self._images)] for start in starts)
+        yield from prefetched(jobs, build=partial(self._build, epoch), finish=self._finish)
+
+    def _build(self, epoch: int, indices: Indices, stop: threading.Event) -> tuple[Pixels, Labels] | None:
+        """The images at ``indices`` as (n, c, h, w) uint8, without the broken ones; None if none is left."""
+        channels, height, width = self.image_size
+        pixels = np.empty((len(indices), channels, height, width), np.uint8)
+        kept: list[int] = []
+        choice = None
+        if self._augment:
+            choice = choose(indices, size=(height, width), seed=self._seed, epoch=epoch, flip=self._flip)
+        for k, index in enumerate(indices.tolist()):
+            if stop.is_set():
+                return None
+            try:
+                image = fit_image(self.source.decode(index), self.image_size)  # (h, w, c)
+            except BrokenImage as error:
+                self._note(error)
+                continue
+            if choice is not None:
+                image = augment_image(image, choice, k, fill=self._fill)
+            pixels[len(kept)] = image.transpose(2, 0, 1)  # (c, h, w)
+            kept.append(index)
+        return (pixels[: len(kept)], self.source.labels[kept]) if kept else None
+
+    def _finish(self, raw: tuple[Pixels, Labels]) -> Batch:
+        return normalised(raw[0], self._mean, self._std), torch.from_numpy(raw[1])
+
+    def _note(self, error: BrokenImage) -> None:
+        """Counts a broken image, and gives up when there are too many."""
+        self.broken.append((error.path, error.reason))
+        if error.path not in self._logged:
+            self._logged.add(error.path)
+            _log.warning("left out %s: %s", error.path, error.reason)
+        allowed = max(1, self._images // 100)
+        if len(self.broken) > allowed:
+            first = "; ".join(f"{path} ({reason})" for path, reason in self.broken[:3])
+            raise DataError(
+                found=f"{len(self.broken)} of {self._images} images are broken, the first are {first}",
+                expected=f"at most 1 % ({allowed})",
+                action="replace them or take them out; the log names every one",
+            ) from error
+
+
+def _check_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise UsageError(found=f"{name} {value}", expected=f"at least {least}", action=f"raise the {name}")

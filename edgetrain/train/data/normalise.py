@@ -1,0 +1,84 @@
+"""Mean and deviation of each channel, and the step from uint8 pixels to the float32 that the model sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from edgetrain.errors import DataError, UsageError
+from edgetrain.train.data.fit import ImageSize, check_image_size, fit_image
+from edgetrain.train.data.source import BrokenImage, Pixels, Source
+
+Statistic = npt.NDArray[np.float64]
+SMALLEST_STD = 1e-3
+
+
+def channel_statistics(
+    source: Source, image_size: ImageSize, sample: int = 2000, seed: int = 0
+) -> tuple[Statistic, Statistic]:
+    """Mean and standard deviation of the pixels, (c,) each, on the scale 0..1.
+
+    Args:
+        image_size: (c, h, w) to which the images are brought first.
+        sample: how many images to look at, chosen by ``seed``; all of a smaller source.
+
+    Raises:
+        DataError: all of them are broken.
+        UsageError: an impossible size or sample.
+    """
+    check_image_size(image_size)
+    if sample < 1:
+        raise UsageError(found=f"a sample of {sample} images", expected="at least 1", action="raise it")
+    chosen = np.random.default_rng(seed).permutation(len(source))[:sample]
+    total, squares = np.zeros(image_size[0], np.int64), np.zeros(image_size[0], np.int64)
+    pixels, broken = 0, []
+    for index in np.sort(chosen):
+        try:
+            image = fit_image(source.decode(int(index)), image_size)  # (h, w, c)
+        except BrokenImage as error:
+            broken.append(error.path)
+            continue
+        values = image.reshape(-1, image_size[0]).astype(np.int64)  # (h * w, c)
+        total += values.sum(axis=0)
+        squares += (values * values).sum(axis=0)
+        pixels += len(values)
+    if not pixels:
+        raise DataError(
+            found=f"all {len(broken)} images looked at are broken, the first is {', '.join(broken[:1]) or 'missing'}",
+            expected="readable images",
+            action="check the data set",
+        )
+    mean = total / pixels
+    variance = np.maximum(squares / pixels - mean * mean, 0.0)
+    return mean / 255, np.maximum(np.sqrt(variance) / 255, SMALLEST_STD)
+
+
+def check_statistic(values: npt.ArrayLike | None, channels: int, name: str, *, default: float) -> Statistic:
+    """``values`` as (c,), or ``default`` repeated.
+
+    Raises:
+        UsageError: not one value per channel, or one that is not finite.
+    """
+    if values is None:
+        return np.full(channels, default)
+    array = np.asarray(values, dtype=np.float64).reshape(-1)
+    if len(array) != channels or not np.isfinite(array).all() or (name == "std" and (array <= 0).any()):
+        raise UsageError(
+            found=f"{name} {array.tolist()} for {channels} channel(s)",
+            expected="one finite value per channel" + (" above zero" if name == "std" else ""),
+            action="take both from channel_statistics",
+        )
+    return array
+
+
+def normalised(pixels: Pixels, mean: Sequence[float] | Statistic, std: Sequence[float] | Statistic) -> Tensor:
+    """(pixels / 255 - mean) / std as float32, (n, c, h, w); takes no memory besides the result."""
+    images = torch.empty(pixels.shape, dtype=torch.float32)
+    images.copy_(torch.from_numpy(pixels))
+    shift = torch.tensor(np.asarray(mean) * 255, dtype=torch.float32).view(-1, 1, 1)
+    scale = torch.tensor(1 / (np.asarray(std) * 255), dtype=torch.float32).view(-1, 1, 1)
+    return images.sub_(shift).mul_(scale)

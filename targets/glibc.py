@@ -1,0 +1,57 @@
+"""Making glibc's malloc give memory back.
+
+Freed blocks below the mmap threshold stay in the heap of the process. The threshold starts at 128 KiB, but each freed
+mmapped block raises it to the size of that block, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD): after a few tensors
+were freed, activations of 1 to 32 MiB come from the heap, where they leave holes that fit nothing else, and the process
+grows far beyond what torch has allocated. With a fixed threshold every larger block is a mapping of its own that
+is gone when it is freed. The price is page faults: the kernel clears every block again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+from edgetrain.errors import UsageError
+from edgetrain.units import KIB, MIB
+
+DEFAULT_THRESHOLD_BYTES = MIB
+MAX_THRESHOLD_BYTES = 32 * MIB  # HEAP_MAX_SIZE / 2 on 64-bit systems
+_M_MMAP_THRESHOLD = -3  # malloc.h
+
+
+def release_free_memory() -> bool:
+    """Gives free heap pages back to the kernel, ``malloc_trim(0)``; False where the C library is not glibc."""
+    libc = _glibc()
+    if libc is None:
+        return False
+    libc.malloc_trim(0)
+    return True
+
+
+def return_large_blocks(threshold_bytes: int = DEFAULT_THRESHOLD_BYTES) -> bool:
+    """From now on, a block of ``threshold_bytes`` or more goes back to the kernel when it is freed.
+
+    Holds for the whole process and cannot be undone. False where the C library is not glibc.
+
+    Raises:
+        UsageError: the threshold is below 4 KiB or above 32 MiB, which glibc refuses.
+    """
+    if not 4 * KIB <= threshold_bytes <= MAX_THRESHOLD_BYTES:
+        raise UsageError(
+            found=f"a threshold of {threshold_bytes} bytes",
+            expected=f"{4 * KIB} to {MAX_THRESHOLD_BYTES} bytes",
+            action=f"pass {DEFAULT_THRESHOLD_BYTES}",
+        )
+    libc = _glibc()
+    return libc is not None and bool(libc.mallopt(_M_MMAP_THRESHOLD, threshold_bytes))
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
+    try:
+        libc = ctypes.CDLL(None)
+        libc.gnu_get_libc_version, libc.malloc_trim, libc.mallopt  # noqa: B018 - looks the symbols up
+    except (OSError, AttributeError, TypeError):
+        return None
+    return libc

@@ -1,0 +1,80 @@
+"""What every result states beside its figures: machine, versions, command; and how it is published."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "numpy", "onnx", "onnxruntime", "onnxruntime-training-cpu")
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory and GPU of this host."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                processor = line.partition(":")[2].strip()
+                break
+    facts: dict[str, Any] = {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        facts["gpu"] = properties.name
+        facts["gpu_memory_bytes"] = properties.total_memory
+    return facts
+
+
+def versions() -> dict[str, str]:
+    """Python, the packages that matter, and the commit, marked where the tree differs from it."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    root = Path(__file__).resolve().parent.parent
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=True
+        )
+        found["edgetrain"] = commit.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        found["edgetrain"] = metadata.version("edgetrain")
+    return found
+
+
+def command() -> str:
+    """The command line that made this result, where to write it left out."""
+    words, skip = [], False
+    for word in sys.argv[1:]:
+        if skip or word in ("--out", "--json"):
+            skip = word == "--out"
+            continue
+        # a path of this machine says nothing elsewhere: its last part does
+        words.append(Path(word).name if word.startswith(("/", "..")) else word)
+    return " ".join(["python", f"tools/{Path(sys.argv[0]).name}", *words])
+
+
+def publish(rows: list[dict[str, Any]], *, out: Path | None, as_json: bool, **more: Any) -> None:
+    """Writes ``rows`` with machine, versions and command to ``out`` and, as JSON, to stdout."""
+    document = {"machine": machine(), "versions": versions(), "command": command(), **more, "rows": rows}
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(document, indent=1) + "\n")
+    if as_json:
+        print(json.dumps(document))
