@@ -156,9 +156,8 @@ def main() -> None:
         print(measure(case, arguments.kind, arguments.batch, arguments.size, arguments.device))
         return
     if not arguments.json:
-        print(
-            f"{'bytes per input pixel':<32} {'printed':>10} {'closed':>10} {'allocator':>10} {'process':>10} {'ratio':>9}"
-        )
+        heads = " ".join(f"{head:>10}" for head in ("printed", "closed", "allocator", "process"))
+        print(f"{'bytes per input pixel':<32} {heads} {'ratio':>9}")
     publish(rows(arguments), out=arguments.out, as_json=arguments.json, seed=0)
 
 

@@ -1,0 +1,49 @@
+"""Exports agree with PyTorch in a real session, or leave no file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import edgetrain
+from edgetrain.errors import ExportError
+from edgetrain.export import onnx as export_module
+
+
+@pytest.mark.parametrize("name", ["hybrid18", "layerwise18", "revnet18", "resnet18", "resnet20"])
+def test_trained_statistics_are_exported(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    options = {"width": 8} if name in ("hybrid18", "layerwise18") else {}
+    model = edgetrain.create_model(name, **options)
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(8, 3, 16, 16))
+    images = torch.randn(5, 3, 16, 16)
+    verification = edgetrain.export_onnx(model, tmp_path / "m.onnx", input_shape=(3, 16, 16), images=images)
+    assert verification.images == 5
+    assert verification.max_difference < 1e-5
+    assert verification.top1_agreement == 1.0
+    assert model.training
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_the_graph_takes_any_batch_size(tmp_path: Path) -> None:
+    import onnxruntime
+
+    model = edgetrain.create_model("hybrid18", width=8).eval()
+    edgetrain.export_onnx(model, tmp_path / "m.onnx", input_shape=(3, 16, 16))
+    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    for n in (1, 3, 17):
+        x = torch.randn(n, 3, 16, 16)
+        (logits,) = session.run(None, {"images": x.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(logits), model(x), rtol=1e-3, atol=1e-4)
+
+
+def test_a_graph_that_disagrees_gets_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_module, "TOLERANCE", -1.0)
+    with pytest.raises(ExportError, match="no file was written"):
+        edgetrain.export_onnx(edgetrain.create_model("hybrid18", width=8), tmp_path / "m.onnx", input_shape=(3, 16, 16))
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,59 @@
+"""The measuring tools run on small cases and print what they promise."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+
+
+def run(name: str, *arguments: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, str(TOOLS / name), "--json", *arguments], capture_output=True, text=True, check=True
+    )
+    document: dict[str, Any] = json.loads(done.stdout)
+    assert {"machine", "versions", "command", "rows"} <= set(document)
+    return document
+
+
+def test_snr_depth() -> None:
+    rows = run("snr_depth.py", "--seeds", "1")["rows"]
+    hybrid = [row["snr"] for row in rows if row["family"] == "hybrid"]
+    assert min(hybrid) > 1e8
+    for slope in (0.1, 0.4):
+        decays = [row["snr"] for row in rows if (row["family"], row["slope"]) == ("layerwise", slope)]
+        assert all(later < earlier / 2 for earlier, later in itertools.pairwise(decays))
+
+
+def test_gpu_evidence_without_a_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    done = subprocess.run([sys.executable, str(TOOLS / "gpu_evidence.py"), "--json"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "no CUDA device" in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.slow
+def test_peers_bench_without_peers_still_compares_with_torch() -> None:
+    rows = run("peers_bench.py", "--channels", "16", "--depths", "4", "--repeats", "2")["rows"]
+    by_name = {row["name"]: row for row in rows}
+    ours, plain = by_name["edgetrain, invert"], by_name["plain autograd"]
+    assert ours["peak_bytes"] < plain["peak_bytes"] / 3
+    assert ours["batches_counted"] == 1
+    assert ours["gradient_error"] < 10 * plain["gradient_error"]
+
+
+@pytest.mark.slow
+def test_memory_table() -> None:
+    rows = run("memory_table.py", "--batch", "64")["rows"]
+    assert len(rows) == 9
+    assert all(row["allocator"] > 0 and row["process"] > 0 for row in rows)

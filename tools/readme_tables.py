@@ -1,0 +1,126 @@
+"""Writes the measured tables of README.md and docs from the files in docs/results.
+
+python tools/readme_tables.py            # rewrites what stands between the markers
+python tools/readme_tables.py --check    # exits with 1 if anything would change
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "memory.md")
+
+
+def load(name: str) -> dict[str, Any] | None:
+    """A result file, or None where it was not measured."""
+    path = RESULTS / name
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def provenance(document: dict[str, Any]) -> str:
+    """One line: command, machine, versions."""
+    machine, versions = document["machine"], document["versions"]
+    return (
+        f"`{document['command']}`; {machine['processor']}, {machine['threads']} threads; "
+        f"Python {versions['python']}, torch {versions['torch']}; commit {versions['edgetrain']}"
+    )
+
+
+def memory() -> str:
+    """Bytes per pixel: printed, closed formula, measured."""
+    document = load("memory_table_cpu.json")
+    if document is None:
+        return "Not measured yet."
+    lines = [
+        "| network and mode | printed | closed formula | allocator | process | process / allocator |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in document["rows"]:
+        cells = [row["printed"], row["closed_form"], row["allocator"], row["process"]]
+        numbers = " | ".join("-" if cell is None else f"{cell:.0f}" for cell in cells)
+        lines.append(f"| {row['label']} | {numbers} | {row['process_over_allocator']:.2f} |")
+    return "\n".join([*lines, "", provenance(document)])
+
+
+def time() -> str:
+    """Step times against plain autograd."""
+    document = load("step_time_cpu.json")
+    if document is None:
+        return "Not measured yet."
+    lines = ["| network and mode | time / plain autograd | range over the pairs |", "|---|---|---|"]
+    for row in document["rows"]:
+        lines.append(f"| {row['label']} | {row['ratio']:.2f} | {row['ratio_low']:.2f} - {row['ratio_high']:.2f} |")
+    return "\n".join([*lines, "", provenance(document)])
+
+
+def peers() -> str:
+    """The public libraries on the same mathematics."""
+    document = load("peers_cpu.json")
+    if document is None:
+        return "Not measured yet."
+    lines = [
+        "| C, depth | | peak MiB | time / plain | gradient error | batches that batch norm counts |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in document["rows"]:
+        lines.append(
+            f"| {row['channels']}, {row['depth']} | {row['name']} | {row['peak_bytes'] / 2**20:.1f} | "
+            f"{row['time_over_plain']:.2f} | {row['gradient_error']:.1e} | {row['batches_counted']} |"
+        )
+    return "\n".join([*lines, "", provenance(document)])
+
+
+def parity() -> str:
+    """Training by inversion against keeping everything."""
+    document = load("train_parity.json")
+    if document is None:
+        return "Not measured yet."
+    lines = [
+        "| 10,000 images of CIFAR-10 (JPEG) | test accuracy | last training loss | peak of the run |",
+        "|---|---|---|---|",
+    ]
+    for row in document["rows"]:
+        last = row["history"][-1]
+        cap = "" if row["budget_bytes"] is None else f" (cap {row['budget_bytes'] / 2**20:.0f} MiB, enforced)"
+        lines.append(
+            f"| {row['model']}, {row['label']} | {last['test_accuracy']:.2%} | {last['loss']:.4f} | "
+            f"{row['peak_bytes'] / 2**20:.0f} MiB{cap} |"
+        )
+    return "\n".join([*lines, "", provenance(document)])
+
+
+TABLES = {"memory": memory, "time": time, "peers": peers, "parity": parity}
+
+
+def render(text: str) -> str:
+    """``text`` with every marked table written anew."""
+    for name, table in TABLES.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end {name} -->)", re.DOTALL)
+        text = pattern.sub(lambda match, table=table: f"{match[1]}{table()}{match[2]}", text)  # type: ignore[misc]
+    return text
+
+
+def main() -> None:
+    """Rewrites or checks the pages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    for page in PAGES:
+        text = page.read_text()
+        rendered = render(text)
+        if rendered == text:
+            continue
+        if arguments.check:
+            sys.exit(f"{page.name} does not agree with docs/results: run python tools/readme_tables.py")
+        page.write_text(rendered)
+
+
+if __name__ == "__main__":
+    main()
