@@ -88,11 +88,18 @@ class _Normalise(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy: Tensor):  # type: ignore[no-untyped-def]
         x, scale, mean, invstd = ctx.saved_tensors
-        mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
-        dx, dscale, dbias = torch.ops.aten.native_batch_norm_backward(
-            dy, x, scale, None, None, mean, invstd, True, 0.0, mask
-        )
-        return dx, dscale, dbias, None, None
+        count, shape = x.numel() // x.shape[1], [1, -1] + [1] * (x.dim() - 2)
+        dy = dy.contiguous()
+        sum_dy, sum_dy_xhat = channel_sums(x, dy, mean, invstd)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            # affine in dy and x; torch's own kernel takes a second tensor of the size of x for it
+            factor = scale * invstd
+            slope = -factor * invstd * sum_dy_xhat / count
+            offset = -factor * sum_dy / count - slope * mean
+            dx = dy * factor.view(shape)
+            dx.addcmul_(x, slope.view(shape)).add_(offset.view(shape))
+        return dx, sum_dy_xhat, sum_dy, None, None
 
 
 def normalise(x: Tensor, scale: Tensor, bias: Tensor, statistics: Statistics) -> Tensor:
