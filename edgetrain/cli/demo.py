@@ -19,7 +19,7 @@ DEMO_BUDGET = "56MiB"
 def demo(
     budget: Annotated[str, typer.Option(help="Hard memory cap.")] = DEMO_BUDGET,
     epochs: Annotated[int, typer.Option(min=1)] = 6,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
     out: Annotated[Path | None, typer.Option(help="Run directory; a temporary one if absent.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
     quiet: Annotated[bool, typer.Option(help="No progress on stderr.")] = False,
@@ -74,6 +74,7 @@ def run_demo(*, budget_bytes: int, epochs: int, seed: int, run_dir: Path, quiet:
             budget_bytes=budget_bytes,
             device=device,
             on_step=progress.step,
+            changes=("--budget",),
         )
     fixed, per_sample = peak_bytes(make_model, "keep_all", input_shape=shape, device=device)
     images = torch.cat([batch for batch, _ in test_loader()])

@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 an error without a class of its own; 2 wrong usage; 3 mode
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -14,10 +15,12 @@ import typer
 
 from edgetrain.cli.demo import demo
 from edgetrain.cli.train import train
-from edgetrain.errors import EdgetrainError
+from edgetrain.errors import BudgetError, EdgetrainError, StorageError, UsageError
 
 # typer carries its own copy of click from 0.26 on, and the base of its errors has no public name there
 _UsageMistake: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+# torch logs, with a traceback, what the error of a block that does not fit says again in a sentence
+_NOISY_LOGGERS = ("torch._subclasses.fake_tensor",)
 
 app = typer.Typer(
     add_completion=False,
@@ -25,6 +28,7 @@ app = typer.Typer(
     help="Train convolutional networks inside a hard memory cap.",
     pretty_exceptions_enable=False,
 )
+_COMMANDS = ("demo", "train")
 app.command()(demo)
 app.command()(train)
 
@@ -45,18 +49,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and gives its exit code; errors made for people are printed on stderr."""
+    for name in _NOISY_LOGGERS:
+        logging.getLogger(name).addFilter(_nothing)
     try:
         result = app(args=None if arguments is None else list(arguments), standalone_mode=False)
         return result if isinstance(result, int) else 0
     except EdgetrainError as error:
-        _complain(f"Found: {error.found}. Expected: {error.expected}. To do: {error.action}.")
+        _complain_of(error)
         return error.exit_code
     except _UsageMistake as error:
-        error.show()
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+        else:
+            _complain_of(_usage_error(error))
         return error.exit_code
     except (typer.Abort, KeyboardInterrupt):
         _complain("interrupted.")
         return 130
+    except OSError as error:
+        _complain_of(
+            StorageError(
+                found=str(error),
+                expected="files and folders that can be read and written",
+                action="check the path and its permissions",
+            )
+        )
+        return StorageError.exit_code
+    except MemoryError:
+        _complain_of(
+            BudgetError(
+                found="no memory left on this host",
+                expected="a run that fits",
+                action="pass --budget with what may be used, or a smaller --batch-size",
+            )
+        )
+        return BudgetError.exit_code
     except Exception as error:
         if type(error).__name__ != "InterruptedRunError":
             raise
@@ -64,8 +91,27 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _usage_error(mistake: Any) -> UsageError:
+    command = getattr(getattr(mistake, "ctx", None), "info_name", None)
+    return UsageError(
+        found=mistake.format_message(),
+        expected="arguments that the command takes",
+        action=f"see edgetrain {command + ' ' if command in _COMMANDS else ''}--help",
+    )
+
+
+def _complain_of(error: EdgetrainError) -> None:
+    found, expected, action = (part.rstrip(". \n") for part in (error.found, error.expected, error.action))
+    _complain(f"Found: {found}. Expected: {expected}. To do: {action}{'' if action.endswith('?') else '.'}")
+
+
 def _complain(text: str) -> None:
-    print(f"edgetrain: {text}", file=sys.stderr)
+    """Prints ``text`` as one paragraph: messages of libraries may have several lines."""
+    print(f"edgetrain: {' '.join(text.split())}", file=sys.stderr)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
 
 
 if __name__ == "__main__":

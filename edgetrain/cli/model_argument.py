@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from edgetrain.errors import UsageError
+from edgetrain.errors import EdgetrainError, ModelError, UsageError
 from edgetrain.models import create_model
+from edgetrain.targets.memory import says_out_of_memory
 
 
 def model_maker(spec: str, *, num_classes: int, in_channels: int) -> Callable[[], nn.Module]:
@@ -30,9 +31,9 @@ def model_maker(spec: str, *, num_classes: int, in_channels: int) -> Callable[[]
     sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # importing runs the user's code, which may raise anything
         raise UsageError(
-            found=f"--model {spec}: {error}",
+            found=f"--model {spec}: {type(error).__name__}: {error}",
             expected="a function in a module that can be imported from this folder",
             action="write it like my_models:make_net",
         ) from error
@@ -44,8 +45,19 @@ def model_maker(spec: str, *, num_classes: int, in_channels: int) -> Callable[[]
 def _call(spec: str, function: Callable[..., Any], offered: dict[str, int]) -> nn.Module:
     import inspect
 
-    taken = inspect.signature(function).parameters
-    model = function(**{name: value for name, value in offered.items() if name in taken})
+    try:
+        taken = inspect.signature(function).parameters
+        model = function(**{name: value for name, value in offered.items() if name in taken})
+    except EdgetrainError:
+        raise
+    except Exception as error:
+        if says_out_of_memory(error):
+            raise
+        raise ModelError(
+            found=f"{spec} failed: {type(error).__name__}: {error}",
+            expected="a function that makes the network from num_classes and in_channels, if it takes them",
+            action="correct the function, or give its other arguments defaults",
+        ) from error
     if not isinstance(model, nn.Module):
         raise UsageError(
             found=f"{spec} gave {type(model).__name__}",

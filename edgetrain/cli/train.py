@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
@@ -25,7 +26,7 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(help="Peak rate; default 0.4 per 512 samples.")] = None,
     limit_train: Annotated[int | None, typer.Option(min=1, help="Use that many training images.")] = None,
     limit_test: Annotated[int | None, typer.Option(min=1, help="Use that many test images.")] = None,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
     out: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/last"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
     quiet: Annotated[bool, typer.Option(help="No progress on stderr.")] = False,
@@ -55,6 +56,8 @@ def train(
             f"epoch {record['epoch']:>3}  loss {record['loss']:.4f}  train {record['accuracy']:.2%}{test}  "
             f"{record['images_per_second']:.0f} images/s"
         )
+    if result["broken_images"]:
+        typer.echo(f"left out {result['broken_images']} broken images")
     against = "" if result["budget_bytes"] is None else f" of {format_mib(result['budget_bytes'])}"
     typer.echo(f"peak memory {format_mib(result['peak_bytes'])}{against}; run in {out}")
 
@@ -96,6 +99,7 @@ def run_training(
     from edgetrain.cli.progress import TrainingProgress
     from edgetrain.planner import UniformMode
     from edgetrain.train import Recipe
+    from edgetrain.train.advice import EVALUATION_BATCH_SIZE
     from edgetrain.train.capped import train_capped
     from edgetrain.train.data import Loader, channel_statistics, open_source
 
@@ -104,11 +108,15 @@ def run_training(
         raise UsageError(
             found=f"--mode {mode}", expected="one of " + ", ".join(known), action=near_matches(mode, known)
         )
+    if learning_rate is not None and not 0 < learning_rate < math.inf:
+        raise UsageError(
+            found=f"--learning-rate {learning_rate}", expected="a number above zero", action="write it like 0.1"
+        )
     source = open_source(data, split="train", limit=limit_train, seed=seed)
     try:
         test_source = open_source(data, split="test", limit=limit_test, seed=seed)
     except DataError as error:
-        if "split" not in error.found:
+        if not error.found.endswith("has no test split"):
             raise
         test_source = None
     make_model = model_maker(model, num_classes=len(source.classes), in_channels=source.channels)
@@ -117,16 +125,18 @@ def run_training(
     batch_size = min(batch_size, len(source))
     recipe = Recipe(epochs=epochs, batch_size=batch_size, peak_rate=learning_rate, seed=seed)
     mean, std = channel_statistics(source, input_shape, seed=seed)
+    loaders: list[Loader] = []
 
     def make_batches() -> tuple[Any, Any]:
         shared: dict[str, Any] = {"image_size": input_shape, "mean": mean, "std": std, "seed": seed}
         training = Loader(source, batch_size=batch_size, augment=True, shuffle=True, drop_last=True, **shared)
+        loaders.append(training)
         if test_source is None:
             return training, None
-        test_batch = min(batch_size, 128)
-        return training, Loader(
-            test_source, batch_size=test_batch, augment=False, shuffle=False, drop_last=False, **shared
-        )
+        test_batch = min(batch_size, EVALUATION_BATCH_SIZE)
+        testing = Loader(test_source, batch_size=test_batch, augment=False, shuffle=False, drop_last=False, **shared)
+        loaders.append(testing)
+        return training, testing
 
     with TrainingProgress(budget_bytes=budget_bytes, quiet=quiet) as progress:
         run = train_capped(
@@ -150,12 +160,25 @@ def run_training(
         "history": [asdict(record) for record in run.history],
         "peak_bytes": run.peak_bytes,
         "budget_bytes": run.budget_bytes,
+        "broken_images": len({path for loader in loaders for path, _ in loader.broken}),
         "checkpoint": str(run.checkpoint),
         "normalisation": {"mean": [float(v) for v in mean], "std": [float(v) for v in std]},
     }
 
 
 def default_image_size(source: Any) -> int:
-    """Side of the first image, at most 64, rounded up to a multiple of 8 that three poolings can halve, at least 16."""
-    height, width = source.decode(0).shape[:2]
+    """Side of the first readable image, at most 64, rounded up to a multiple of 8 that three poolings can halve, at least 16."""
+    height, width = _first_image(source).shape[:2]
     return max(16, -(-min(max(height, width), 64) // 8) * 8)
+
+
+def _first_image(source: Any) -> Any:
+    """The first image that is not broken; raises BrokenImage where all are."""
+    from edgetrain.train.data import BrokenImage
+
+    for index in range(len(source) - 1):
+        try:
+            return source.decode(index)
+        except BrokenImage:
+            continue
+    return source.decode(len(source) - 1)

@@ -75,8 +75,9 @@ def measure_peak(
             profiler.stop()
     del result
     results = profiler.profiler
-    assert results is not None
-    sizes = _sizes(results.kineto_results.experimental_event_tree())
+    recorded = None if results is None else results.kineto_results
+    assert recorded is not None  # the profiler was stopped
+    sizes = _sizes(recorded.experimental_event_tree())
     allocated = peak = 0
     for size in sizes:
         allocated += size

@@ -5,7 +5,8 @@
 | ResNet | 32-64-128-256    | 2-2-2-2 | two convolutions c -> c                           | 18 c^2  |
 | RevNet | 40-80-256-320    | 2-2-2-2 | reversible, f and g two convolutions each on c/2  | 9 c^2   |
 
-Channels are padded with zeros at each pooling. 3.13 M and 3.17 M convolution weights, as printed.
+Channels are padded with zeros at each pooling. 3.13 M and 3.17 M convolution weights, as printed. RevNet's stream is
+normalised before the head; :mod:`edgetrain.models.reversible` says why.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from edgetrain.models.parts import Head, MaxPoolPad, check_stages, stem
 from edgetrain.models.reversible import residual_module
-from edgetrain.nn import ReversibleBlock
+from edgetrain.nn import InvertibleBatchNorm, ReversibleBlock
 
 
 class ResidualBlock(nn.Module):
@@ -52,7 +53,9 @@ def resnet(
         blocks: residual blocks per stage.
         slope: of the leaky ReLU.
     """
-    return _max_pooled(lambda c: ResidualBlock(c, slope=slope), num_classes, in_channels, widths, blocks)
+    return _max_pooled(
+        lambda c: ResidualBlock(c, slope=slope), num_classes, in_channels, widths, blocks, normalise_stream=False
+    )
 
 
 def revnet(
@@ -76,7 +79,7 @@ def revnet(
             residual_module(channels // 2, depth=depth, slope=slope),
         )
 
-    return _max_pooled(block, num_classes, in_channels, widths, blocks)
+    return _max_pooled(block, num_classes, in_channels, widths, blocks, normalise_stream=True)
 
 
 def _max_pooled(
@@ -85,6 +88,8 @@ def _max_pooled(
     in_channels: int,
     widths: Sequence[int],
     blocks: Sequence[int],
+    *,
+    normalise_stream: bool,
 ) -> nn.Sequential:
     check_stages(blocks, len(widths) - 1)
     layers: OrderedDict[str, nn.Module] = OrderedDict(stem=stem(in_channels, widths[0]))
@@ -92,5 +97,7 @@ def _max_pooled(
         if k > 0:
             layers[f"pool{k}"] = MaxPoolPad(widths[k - 1], channels)
         layers[f"stage{k + 1}"] = nn.Sequential(*[block(channels) for _ in range(count)])
+    if normalise_stream:
+        layers["norm"] = InvertibleBatchNorm(widths[-1])
     layers["head"] = Head(widths[-1], num_classes)
     return nn.Sequential(layers)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from edgetrain.nn.slices import SLICE_BYTES
 from edgetrain.planner import UniformMode, uniform_plan
 from edgetrain.runtime import wrap
 from edgetrain.targets import Target, return_large_blocks, select_target
-from edgetrain.train.advice import advise
+from edgetrain.train.advice import CHANGES, Change, advise
 from edgetrain.train.recipe import Recipe
 from edgetrain.train.trainer import Batches, EpochRecord, StepRecord, Trainer
 from edgetrain.units import format_mib
@@ -62,6 +62,7 @@ def train_capped(
     budget_bytes: int | None,
     device: str = "cpu",
     on_step: Callable[[StepRecord, Target], None] | None = None,
+    changes: Collection[Change] = CHANGES,
 ) -> CappedRun:
     """Trains and evaluates inside ``budget_bytes``.
 
@@ -70,6 +71,7 @@ def train_capped(
         make_batches: makes training and test data, likewise.
         input_shape: (c, h, w).
         on_step: gets the record of each step and the target, whose memory it may read.
+        changes: what an error may advise.
 
     Raises:
         BudgetError: the budget does not even hold the weights, or the cap was hit; names what would fit.
@@ -113,6 +115,7 @@ def train_capped(
             batch_size=recipe.batch_size,
             budget_bytes=budget_bytes,
             device=device,
+            changes=changes,
         ).result()
     raise BudgetError(
         found=f"the budget of {format_mib(budget_bytes)} was used up at {format_mib(peak_bytes)} ({reason})",
@@ -140,8 +143,13 @@ def check_budget(
     Raises:
         BudgetError: with the bytes needed.
     """
-    with torch.device("meta"):
+    state = torch.get_rng_state()
+    try:
+        with torch.device("meta"):
+            model = make_model()
+    except (NotImplementedError, RuntimeError):  # the user's function looks at the values of its weights
         model = make_model()
+    torch.set_rng_state(state)
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     needed = 3 * parameters + buffers
@@ -149,7 +157,7 @@ def check_budget(
         raise BudgetError(
             found=f"a budget of {format_mib(budget_bytes)}",
             expected=f"more than {format_mib(needed)}: weights, gradients and momentum of "
-            f"{parameters // 4:,} parameters, before any activation",
+            f"{sum(p.numel() for p in model.parameters()):,} parameters, before any activation",
             action=f"raise --budget above {format_mib(needed)} or choose a smaller --model",
         )
 

@@ -30,6 +30,8 @@ _DTYPES = {
     torch.bfloat16: "BF16",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
@@ -56,13 +58,14 @@ def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview]) 
         finally:
             os.close(folder)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise StorageError(
             found=f"{path} could not be written: {error.strerror or error}",
             expected="free, writable disk",
             action="free some space or choose another --out; what was saved before is intact",
         ) from error
+    finally:  # whatever happened, Ctrl-C included; after the rename there is nothing to remove
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(

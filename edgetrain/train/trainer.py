@@ -140,9 +140,12 @@ class Trainer:
                 if hasattr(batches, "set_epoch"):
                     batches.set_epoch(epoch)
                 record = self._train_epoch(epoch, batches, test_batches, interrupt)
+                self._check_weights(epoch)
                 self.history.append(record)
                 self._write_metrics()
                 self.save(epoch=epoch)
+                if interrupt.asked and epoch < self.recipe.epochs:
+                    raise InterruptedRunError(self.checkpoint)
         return self.history
 
     def save(self, *, epoch: int) -> None:
@@ -193,6 +196,16 @@ class Trainer:
         self._step += 1
         return value, int((logits.detach().argmax(1) == labels).sum())
 
+    def _check_weights(self, epoch: int) -> None:
+        """The loss is made before the update: after the last step of an epoch it tells nothing of the weights."""
+        for name, value in self.model.state_dict().items():
+            if value.is_floating_point() and value.numel() and not _is_finite(value):
+                raise TrainingError(
+                    found=f"{name} is not finite after step {self._step} (epoch {epoch})",
+                    expected="finite weights",
+                    action=f"lower the learning rate; the state of the epoch before is in {self.checkpoint}",
+                )
+
     def _write_metrics(self) -> None:
         lines = "".join(json.dumps(asdict(record)) + "\n" for record in self.history)
         write_atomically(self.run_dir / "metrics.jsonl", lines.encode())
@@ -211,6 +224,12 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], *, device: str | torch.
     finally:
         model.train(was_training)
     return correct / max(seen, 1)
+
+
+def _is_finite(value: Tensor) -> bool:
+    """Whether no element is infinite or not a number, found without a temporary."""
+    low, high = torch.aminmax(value)
+    return math.isfinite(low) and math.isfinite(high)
 
 
 class _FinishStep(contextlib.AbstractContextManager["_FinishStep"]):

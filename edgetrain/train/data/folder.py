@@ -95,6 +95,8 @@ def _open(at: Path, root: Path, classes: list[str], split: Split, *, hashed: boo
             )
         files += [(name, image) for image in chosen]
         labels += [label] * len(chosen)
+    if not files and split == "test":
+        raise no_split(root, split, "image names of which some fall into the test split, or train/CLASS and test/CLASS")
     return FolderSource(at, files, np.array(labels, dtype=np.int64), name=root.name, classes=tuple(classes))
 
 
