@@ -29,7 +29,6 @@ CASES: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("RevNet, invert", "revnet18", "invert", {}),
     ("hybrid, invert layer-wise", "hybrid18", "invert_layerwise", {}),
     ("layer-wise, invert layer-wise", "layerwise18", "invert_layerwise", {}),
-    ("hybrid, recompute", "hybrid18", "recompute", {}),
 )
 
 
@@ -49,7 +48,7 @@ def measure(model: nn.Module, mode: str, batch_size: int, repeats: int, device: 
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    for net in (planned, plain, planned, plain):
+    for net in (planned, plain):
         seconds(net)
     pairs = [(seconds(planned), seconds(plain)) for _ in range(repeats)]
     ratios = sorted(a / b for a, b in pairs)

@@ -43,7 +43,7 @@ def run_demo(*, budget_bytes: int, epochs: int, seed: int, run_dir: Path, quiet:
     from edgetrain.export import export_onnx
     from edgetrain.models import create_model
     from edgetrain.train import Recipe
-    from edgetrain.train.advice import peak_bytes
+    from edgetrain.train.advice import Change, peak_bytes
     from edgetrain.train.capped import train_capped
     from edgetrain.train.data import Loader, channel_statistics, open_source
 
@@ -63,6 +63,7 @@ def run_demo(*, budget_bytes: int, epochs: int, seed: int, run_dir: Path, quiet:
         create_model, "hybrid18", len(source.classes), in_channels=source.channels, width=DEMO_WIDTH
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    changes: tuple[Change, ...] = ("--budget",)
     with TrainingProgress(budget_bytes=budget_bytes, quiet=quiet) as progress:
         run = train_capped(
             make_model,
@@ -74,7 +75,7 @@ def run_demo(*, budget_bytes: int, epochs: int, seed: int, run_dir: Path, quiet:
             budget_bytes=budget_bytes,
             device=device,
             on_step=progress.step,
-            changes=("--budget",),
+            changes=changes,
         )
     fixed, per_sample = peak_bytes(make_model, "keep_all", input_shape=shape, device=device)
     images = torch.cat([batch for batch, _ in test_loader()])

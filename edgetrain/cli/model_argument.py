@@ -27,10 +27,16 @@ def model_maker(spec: str, *, num_classes: int, in_channels: int) -> Callable[[]
     if ":" not in spec:
         create_meta = functools.partial(create_model, spec, num_classes, in_channels=in_channels)
         return create_meta
+    _load(spec)
+    return functools.partial(_call, spec, {"num_classes": num_classes, "in_channels": in_channels})
+
+
+def _load(spec: str) -> Callable[..., Any]:
     module_name, _, function_name = spec.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
+        function: Callable[..., Any] = getattr(importlib.import_module(module_name), function_name)
+        return function
     except Exception as error:  # importing runs the user's code, which may raise anything
         raise UsageError(
             found=f"--model {spec}: {type(error).__name__}: {error}",
@@ -39,11 +45,13 @@ def model_maker(spec: str, *, num_classes: int, in_channels: int) -> Callable[[]
         ) from error
     finally:
         sys.path.pop(0)
-    return functools.partial(_call, spec, function, {"num_classes": num_classes, "in_channels": in_channels})
 
 
-def _call(spec: str, function: Callable[..., Any], offered: dict[str, int]) -> nn.Module:
+def _call(spec: str, offered: dict[str, int]) -> nn.Module:
+    """The network; finds the function by its name, so that it can be called in another process."""
     import inspect
+
+    function = _load(spec)
 
     try:
         taken = inspect.signature(function).parameters

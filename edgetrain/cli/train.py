@@ -99,9 +99,9 @@ def run_training(
     from edgetrain.cli.progress import TrainingProgress
     from edgetrain.planner import UniformMode
     from edgetrain.train import Recipe
-    from edgetrain.train.advice import EVALUATION_BATCH_SIZE
     from edgetrain.train.capped import train_capped
     from edgetrain.train.data import Loader, channel_statistics, open_source
+    from edgetrain.train.trial import EVALUATION_BATCH_SIZE
 
     if mode not in get_args(UniformMode):
         known = list(get_args(UniformMode))
@@ -167,7 +167,7 @@ def run_training(
 
 
 def default_image_size(source: Any) -> int:
-    """Side of the first readable image, at most 64, rounded up to a multiple of 8 that three poolings can halve, at least 16."""
+    """Side of the first readable image, rounded up to a multiple of 8 (three poolings halve it), 16 to 64."""
     height, width = _first_image(source).shape[:2]
     return max(16, -(-min(max(height, width), 64) // 8) * 8)
 

@@ -64,7 +64,7 @@ class _GlobalMax(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        (positions,) = ctx.saved_tensors
+        positions = ctx.saved_tensors[0].long()
         n, _, c, pixels = ctx.grouped_shape
         dx = dy.new_zeros(ctx.grouped_shape)
         index = torch.arange(n, device=dy.device).view(n, 1), torch.arange(c, device=dy.device).view(1, c)

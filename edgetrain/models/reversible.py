@@ -68,7 +68,7 @@ def irevnet(
             residual_module(channels // 2, depth=depth, slope=slope),
         )
 
-    return _volume_preserving(block, num_classes, in_channels, width, blocks, pooling, normalise_stream=True)
+    return _volume_preserving(block, num_classes, in_channels, width, blocks, pooling, norm=InvertibleBatchNorm)
 
 
 def layerwise(
@@ -94,7 +94,7 @@ def layerwise(
         width,
         blocks,
         pooling,
-        normalise_stream=False,
+        norm=None,
     )
 
 
@@ -122,7 +122,7 @@ def hybrid(
         width,
         blocks,
         pooling,
-        normalise_stream=True,
+        norm=lambda channels: InvertibleBatchNorm(channels, eps_i=eps_i),
     )
 
 
@@ -134,7 +134,7 @@ def _volume_preserving(
     blocks: Sequence[int],
     pooling: Sequence[str],
     *,
-    normalise_stream: bool,
+    norm: Callable[[int], nn.Module] | None,
 ) -> nn.Sequential:
     check_stages(blocks, len(pooling))
     layers: OrderedDict[str, nn.Module] = OrderedDict(stem=stem(in_channels, width))
@@ -144,7 +144,7 @@ def _volume_preserving(
             layers[f"pool{k}"], channel_factor, batch_factor = pool(pooling[k - 1])
             channels, parts = channels * channel_factor, parts * batch_factor
         layers[f"stage{k + 1}"] = nn.Sequential(*[block(channels) for _ in range(count)])
-    if normalise_stream:
-        layers["norm"] = InvertibleBatchNorm(channels)
+    if norm is not None:
+        layers["norm"] = norm(channels)
     layers["head"] = Head(channels, num_classes, parts=parts)
     return nn.Sequential(layers)

@@ -73,6 +73,12 @@ class Wrapped(nn.Module):
                 expected=f"samples {expected}, for which the plan was made",
                 action="make a plan for this input, or resize the images",
             )
+        if torch.is_autocast_enabled(x.device.type):
+            raise ModelError(
+                found="a planned step under autocast",
+                expected="one precision throughout: an inverse must undo what the forward pass rounded",
+                action="leave torch.autocast, or convert the model and its input",
+            )
         # the anchor makes the result require a gradient although no parameter passes through the function
         anchor = torch.zeros((), requires_grad=True)
         return _Step.apply(x, anchor, self)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import edgetrain
 from edgetrain.chain import MODES, Mode, chain_of
+from edgetrain.errors import ModelError
 from edgetrain.planner import Plan, schedule
 from edgetrain.runtime import Wrapped
 
@@ -197,3 +198,10 @@ def test_a_second_backward_is_refused() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="twice"):
         loss.backward()
+
+
+def test_autocast_is_refused() -> None:
+    model = small_model("hybrid18").float()
+    plan = edgetrain.uniform_plan(model, "invert_layerwise", input_shape=SHAPE[1:], batch_size=SHAPE[0])
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ModelError, match="autocast"):
+        edgetrain.wrap(model, plan)(torch.randn(SHAPE))

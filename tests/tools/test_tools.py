@@ -42,6 +42,10 @@ def test_gpu_evidence_without_a_gpu() -> None:
     assert done.stdout == ""
 
 
+def test_pages_agree_with_the_results() -> None:
+    subprocess.run([sys.executable, str(TOOLS / "readme_tables.py"), "--check"], check=True)
+
+
 @pytest.mark.slow
 def test_peers_bench_without_peers_still_compares_with_torch() -> None:
     rows = run("peers_bench.py", "--channels", "16", "--depths", "4", "--repeats", "2")["rows"]
