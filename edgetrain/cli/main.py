@@ -64,7 +64,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
             _complain_of(_usage_error(error))
         return error.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        _complain("interrupted.")
+        _complain("Found: Ctrl-C. Expected: the command to end by itself. To do: run it again.")
         return 130
     except OSError as error:
         _complain_of(
@@ -84,11 +84,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
             )
         )
         return BudgetError.exit_code
-    except Exception as error:
-        if type(error).__name__ != "InterruptedRunError":
-            raise
-        _complain(f"{error}.")
-        return 130
 
 
 def _usage_error(mistake: Any) -> UsageError:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgetrain.errors import TrainingError
+from edgetrain.errors import EdgetrainError, TrainingError
 from edgetrain.planner import Plan
 from edgetrain.runtime import wrap
 from edgetrain.train.checkpoint import save_checkpoint, write_atomically
@@ -72,11 +72,17 @@ class EpochRecord:
     seconds: float
 
 
-class InterruptedRunError(Exception):
+class InterruptedRunError(EdgetrainError):
     """Ctrl-C: the step was finished and the state saved."""
 
+    exit_code = 130
+
     def __init__(self, checkpoint: Path) -> None:
-        super().__init__(f"interrupted; the state is in {checkpoint}")
+        super().__init__(
+            found="Ctrl-C",
+            expected="the run to end by itself",
+            action=f"nothing is lost: the step was finished and the state saved in {checkpoint}",
+        )
         self.checkpoint = checkpoint
 
 
