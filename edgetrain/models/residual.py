@@ -5,7 +5,9 @@
 | ResNet | 32-64-128-256    | 2-2-2-2 | two convolutions c -> c                           | 18 c^2  |
 | RevNet | 40-80-256-320    | 2-2-2-2 | reversible, f and g two convolutions each on c/2  | 9 c^2   |
 
-Channels are padded with zeros at each pooling. 3.13 M and 3.17 M convolution weights, as printed. RevNet's stream is
+Channels are padded with zeros at each pooling. A leaky ReLU rises, so that max pooling gives the same before it as
+after it: ResNet's last activation of a stage is applied to the pooled stream, and what it keeps for its gradient is the
+input of the next convolution. 3.13 M and 3.17 M convolution weights, as printed. RevNet's stream is
 normalised before the head; :mod:`edgetrain.models.reversible` says why.
 """
 
@@ -23,11 +25,15 @@ from edgetrain.nn import InvertibleBatchNorm, ReversibleBlock
 
 
 class ResidualBlock(nn.Module):
-    """conv -> batch norm -> leaky ReLU -> conv -> batch norm, plus the input, then leaky ReLU."""
+    """conv -> batch norm -> leaky ReLU -> conv -> batch norm, plus the input, then leaky ReLU.
 
-    def __init__(self, channels: int, *, slope: float = 0.1) -> None:
+    Args:
+        activated: whether the last leaky ReLU is here; False where the pooling that follows has it.
+    """
+
+    def __init__(self, channels: int, *, slope: float = 0.1, activated: bool = True) -> None:
         super().__init__()
-        self.slope = slope
+        self.slope, self.activated = slope, activated
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.norm1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
@@ -35,7 +41,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.leaky_relu_(self.norm1(self.conv1(x)), self.slope)
-        return F.leaky_relu_(self.norm2(self.conv2(y)).add_(x), self.slope)
+        y = self.norm2(self.conv2(y)).add_(x)
+        return F.leaky_relu_(y, self.slope) if self.activated else y
 
 
 def resnet(
@@ -53,9 +60,11 @@ def resnet(
         blocks: residual blocks per stage.
         slope: of the leaky ReLU.
     """
-    return _max_pooled(
-        lambda c: ResidualBlock(c, slope=slope), num_classes, in_channels, widths, blocks, normalise_stream=False
-    )
+
+    def block(channels: int, pooled: bool) -> nn.Module:
+        return ResidualBlock(channels, slope=slope, activated=not pooled)
+
+    return _max_pooled(block, num_classes, in_channels, widths, blocks, pool_slope=slope, normalise_stream=False)
 
 
 def revnet(
@@ -73,30 +82,33 @@ def revnet(
         depth: convolutions per module.
     """
 
-    def block(channels: int) -> nn.Module:
+    def block(channels: int, pooled: bool) -> nn.Module:
         return ReversibleBlock(
             residual_module(channels // 2, depth=depth, slope=slope),
             residual_module(channels // 2, depth=depth, slope=slope),
         )
 
-    return _max_pooled(block, num_classes, in_channels, widths, blocks, normalise_stream=True)
+    return _max_pooled(block, num_classes, in_channels, widths, blocks, pool_slope=None, normalise_stream=True)
 
 
 def _max_pooled(
-    block: Callable[[int], nn.Module],
+    block: Callable[[int, bool], nn.Module],
     num_classes: int,
     in_channels: int,
     widths: Sequence[int],
     blocks: Sequence[int],
     *,
+    pool_slope: float | None,
     normalise_stream: bool,
 ) -> nn.Sequential:
+    """``block(channels, pooled)`` makes a block; ``pooled``: a pooling follows, with a leaky ReLU of ``pool_slope``."""
     check_stages(blocks, len(widths) - 1)
     layers: OrderedDict[str, nn.Module] = OrderedDict(stem=stem(in_channels, widths[0]))
     for k, (channels, count) in enumerate(zip(widths, blocks, strict=True)):
         if k > 0:
-            layers[f"pool{k}"] = MaxPoolPad(widths[k - 1], channels)
-        layers[f"stage{k + 1}"] = nn.Sequential(*[block(channels) for _ in range(count)])
+            layers[f"pool{k}"] = MaxPoolPad(widths[k - 1], channels, slope=pool_slope)
+        pooled = [k < len(widths) - 1 and b == count - 1 for b in range(count)]
+        layers[f"stage{k + 1}"] = nn.Sequential(*[block(channels, last) for last in pooled])
     if normalise_stream:
         layers["norm"] = InvertibleBatchNorm(widths[-1])
     layers["head"] = Head(widths[-1], num_classes)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,11 +38,39 @@ Updater = Callable[[int], None]
 
 @dataclass
 class _Graph:
-    """What autograd keeps of one stored block."""
+    """What autograd keeps of one stored block.
 
-    leaf: Tensor
-    edge: GradientEdge | None
+    Attributes:
+        like: a tensor without memory, of the shape and kind of the input; None where no gradient is asked for.
+        caught: gets the gradient with respect to the input.
+    """
+
+    like: Tensor | None
+    caught: list[Tensor] = field(default_factory=list)
+    edge: GradientEdge | None = None
     storages: set[int] = field(default_factory=set)
+
+
+class _Entry(torch.autograd.Function):
+    """Where the graph of a block begins: catches the gradient of the input.
+
+    A leaf would do the same, but holds the input until the backward pass, whether anything in the block saved it or
+    not.
+
+    Args:
+        anchor: requires a gradient, so that the output does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, x: Tensor, caught: list[Tensor]) -> Tensor:
+        ctx.caught = caught
+        return x.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dx: Tensor) -> tuple[None, None, None]:
+        ctx.caught.append(dx)
+        return None, None, None
 
 
 class Execution:
@@ -118,21 +147,21 @@ class Execution:
                 self._z.pop(index, None)
 
     def _store(self, i: int, *, again: bool) -> None:
-        block, x = self._blocks[i], self._z[i]
-        leaf = x.detach()
-        if i > 0 or self._input_gradient:
-            leaf.requires_grad_(leaf.is_floating_point())
-        graph = _Graph(leaf, None)
+        block, x = self._blocks[i], self._z[i].detach()
+        differentiable = (i > 0 or self._input_gradient) and x.is_floating_point()
+        graph = _Graph(x.new_empty(1).expand(x.shape) if differentiable else None)
         # what autograd saves matters only to a block that would overwrite this one's output
         watched = i + 1 < len(self._blocks) and isinstance(self._blocks[i + 1].module, Invertible)
         with torch.enable_grad(), _watching(graph.storages) if watched else contextlib.nullcontext():
+            if differentiable:
+                x = _Entry.apply(torch.empty(0, requires_grad=True), x, graph.caught)
             if again:
                 restore_state(self._saved[i])
                 replay = self._replays.get(i)
                 with replaying() if replay is None else replay.again():
-                    y = block.module(leaf)
+                    y = block.module(x)
             else:
-                y = block.module(leaf)
+                y = block.module(x)
                 self._saved[i] = saved_state(block.module)
         graph.edge = get_gradient_edge(y) if y.requires_grad else None
         self._graphs[i] = graph
@@ -164,7 +193,10 @@ class Execution:
         if graph.edge is not None:
             torch.autograd.backward([graph.edge], [dy])
         del dy
-        self._give_gradient(i, graph.leaf)
+        if graph.caught:
+            self._g[i] = graph.caught.pop()
+        elif graph.like is not None:
+            self._g[i] = torch.zeros_like(graph.like, memory_format=torch.contiguous_format)
 
     def _backward_recompute(self, i: int) -> None:
         restore_state(self._saved[i])
@@ -188,12 +220,6 @@ class Execution:
             self._z[i], self._g[i] = module.backward_from_output(y, dy)
         else:
             self._z[i], self._g[i] = module.backward_holding(y, dy)
-
-    def _give_gradient(self, i: int, leaf: Tensor) -> None:
-        if leaf.grad is not None:
-            self._g[i] = leaf.grad
-        elif leaf.requires_grad:
-            self._g[i] = torch.zeros_like(leaf)
 
     def _own(self, tensors: dict[int, Tensor], i: int) -> Tensor:
         """``tensors[i]``, taken out, contiguous and safe to overwrite: copied if anybody else can see it."""

@@ -25,6 +25,7 @@ from edgetrain.planner import UniformMode, uniform_plan
 from edgetrain.runtime import wrap
 from edgetrain.targets import Target, return_large_blocks, select_target
 from edgetrain.train.advice import CHANGES, Change, advise
+from edgetrain.train.data.prefetch import ready_thread
 from edgetrain.train.recipe import Recipe
 from edgetrain.train.trainer import Batches, EpochRecord, StepRecord, Trainer
 from edgetrain.units import format_mib
@@ -133,6 +134,7 @@ def warm_up(device: str) -> None:
         wrap(model, plan)(torch.randn(2, 3, 16, 16, device=device)), torch.zeros(2, dtype=torch.long, device=device)
     ).backward()
     torch.set_rng_state(state)
+    ready_thread()
 
 
 def check_budget(

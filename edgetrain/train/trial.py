@@ -15,22 +15,26 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from edgetrain.errors import BudgetError
+from edgetrain.models import create_model
 from edgetrain.nn.slices import SLICE_BYTES
 from edgetrain.planner import UniformMode, uniform_plan
-from edgetrain.runtime import wrap
 from edgetrain.targets import return_large_blocks, select_target
+from edgetrain.train.data.normalise import normalised
+from edgetrain.train.data.prefetch import prefetched
+from edgetrain.train.data.source import Pixels
 from edgetrain.train.recipe import Recipe
-from edgetrain.train.trainer import evaluate
+from edgetrain.train.trainer import Batch, Trainer
 from edgetrain.units import MIB
 
 EVALUATION_BATCH_SIZE = 128
@@ -109,6 +113,8 @@ def serve() -> None:
     """The helper: reads trials from stdin, forks for each, and writes one byte for each to stdout."""
     answers, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)  # the user's model may print
+    # loads what a plan needs, once for all forks; so few elements that no thread of OpenMP is started
+    uniform_plan(create_model("hybrid18", width=8), "invert_layerwise", input_shape=(3, 16, 16), batch_size=2)
     while length := sys.stdin.buffer.read(8):
         request = sys.stdin.buffer.read(int.from_bytes(length, "little"))
         child = os.fork()
@@ -175,18 +181,34 @@ def _run(trial: Trial) -> bool:
 
 
 def _train(trial: Trial) -> None:
-    n, device = trial.batch_size, trial.device
-    model = trial.make_model().to(device)
-    net = wrap(model, uniform_plan(model, trial.mode, input_shape=trial.input_shape, batch_size=n))
-    optimizer = Recipe(batch_size=n).optimizer(p for p in model.parameters() if p.requires_grad)
-    labels = torch.zeros(n, dtype=torch.long)
-    prefetched = torch.ones(n, *trial.input_shape, dtype=torch.uint8)
-    x = torch.randn(n, *trial.input_shape).to(device)
-    for _ in range(2):
-        F.cross_entropy(net(x), labels.to(device)).backward()
-        optimizer.step()  # of rate 0: the weights stay as they are
-        optimizer.zero_grad(set_to_none=False)
-        x = prefetched.to(device, torch.float32).sub_(0.5)  # the batch before is still there
-    tested = x[:EVALUATION_BATCH_SIZE].clone()
-    del x
-    evaluate(model, [(tested, labels[: len(tested)])], device=device)
+    """A run of two steps, with every batch size that a run meets: the test data end in a smaller batch."""
+    n, shape = trial.batch_size, trial.input_shape
+    tested = min(n, EVALUATION_BATCH_SIZE)
+    model = trial.make_model().to(trial.device)
+    plan = uniform_plan(model, trial.mode, input_shape=shape, batch_size=n)
+    # of no rate: a network that diverges says nothing of memory
+    recipe = Recipe(epochs=1, batch_size=n, peak_rate=0.0)
+    with tempfile.TemporaryDirectory(prefix="edgetrain-trial-") as folder:
+        trainer = Trainer(model, plan, run_dir=folder, recipe=recipe, device=trial.device)
+        trainer.fit(_Noise([n, n], shape), _Noise([tested, max(1, tested // 2)], shape))
+
+
+class _Noise:
+    """Batches of noise, made ahead by a thread as those of a loader are."""
+
+    def __init__(self, batch_sizes: list[int], image_size: tuple[int, int, int]) -> None:
+        self._batch_sizes = batch_sizes
+        self._image_size = image_size
+
+    def __len__(self) -> int:
+        return len(self._batch_sizes)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return prefetched(self._batch_sizes, build=self._build, finish=self._finish)
+
+    def _build(self, batch_size: int, stop: threading.Event) -> Pixels:
+        return np.random.default_rng(0).integers(256, size=(batch_size, *self._image_size), dtype=np.uint8)
+
+    def _finish(self, pixels: Pixels) -> Batch:
+        half = np.full(self._image_size[0], 0.5)
+        return normalised(pixels, half, half), torch.zeros(len(pixels), dtype=torch.long)

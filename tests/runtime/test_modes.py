@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import edgetrain
 from edgetrain.chain import MODES, Mode, chain_of
 from edgetrain.errors import ModelError
+from edgetrain.memory import measure_peak
 from edgetrain.planner import Plan, schedule
 from edgetrain.runtime import Wrapped
 
@@ -205,3 +206,16 @@ def test_autocast_is_refused() -> None:
     plan = edgetrain.uniform_plan(model, "invert_layerwise", input_shape=SHAPE[1:], batch_size=SHAPE[0])
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ModelError, match="autocast"):
         edgetrain.wrap(model, plan)(torch.randn(SHAPE))
+
+
+class _Halve(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 0.5
+
+
+def test_stored_blocks_hold_no_more_than_autograd():
+    model = nn.Sequential(*[_Halve() for _ in range(4)])  # the gradient needs no activation
+    x = torch.randn(8, 16, 32, 32, requires_grad=True)
+    net = edgetrain.wrap(model, edgetrain.uniform_plan(model, "keep_all", input_shape=(16, 32, 32), batch_size=8))
+    kept = [measure_peak(lambda f=f: f(x)).allocated_after_bytes for f in (net, model)]
+    assert kept[0] <= kept[1] + 4096

@@ -7,11 +7,13 @@ import weakref
 
 import pytest
 
-from edgetrain.train.data.prefetch import prefetched
+from edgetrain.train.data import prefetch
+from edgetrain.train.data.prefetch import prefetched, ready_thread
 
 
 def running() -> bool:
-    return any(thread.name == "edgetrain-prefetch" for thread in threading.enumerate())
+    threads = [thread for thread in threading.enumerate() if thread.name == "edgetrain-prefetch"]
+    return len(threads) > len(prefetch._idle)
 
 
 def wait_until(condition) -> None:
@@ -96,4 +98,16 @@ def test_early_stop_ends_the_thread(failing):
     assert next(items) == 0
     assert running()
     items.close()
+    assert not running()
+
+
+def test_a_thread_that_was_made_ready_is_used_and_kept():
+    ready_thread()
+    before = threading.active_count()
+    for _ in range(3):
+        items = prefetched(range(3), build=lambda k, _: k, finish=str)
+        assert next(items) == "0"
+        assert threading.active_count() == before
+        items.close()
+    assert threading.active_count() == before
     assert not running()
