@@ -29,7 +29,8 @@ from pathlib import Path
 from edgetrain.errors import BudgetError
 from edgetrain.targets.glibc import release_free_memory
 from edgetrain.targets.memory import HostMemory, check_budget, says_out_of_memory
-from edgetrain.units import KIB, format_mib
+from edgetrain.targets.proc import host_memory, proc_bytes
+from edgetrain.units import format_mib
 
 _log = logging.getLogger(__name__)
 
@@ -61,13 +62,7 @@ class CpuTarget:
 
     def probe(self) -> HostMemory:
         """MemTotal and MemAvailable of ``/proc/meminfo``; what psutil says on other systems."""
-        if not _on_linux():
-            import psutil
-
-            memory = psutil.virtual_memory()
-            return HostMemory(int(memory.total), int(memory.available))
-        fields = _proc_bytes("meminfo")
-        return HostMemory(fields["MemTotal"], fields["MemAvailable"])
+        return host_memory()
 
     def start(self) -> None:
         """Resets the high-water mark and takes the resident memory of now as the baseline."""
@@ -79,7 +74,7 @@ class CpuTarget:
             Path("/proc/self/clear_refs").write_text("5")
         except OSError as error:
             _log.warning("the high-water mark cannot be reset (%s): peaks are those of the whole process", error)
-        self._baseline_bytes = _proc_bytes("self/status")["VmRSS"]
+        self._baseline_bytes = proc_bytes("self/status")["VmRSS"]
 
     def current_bytes(self) -> int:
         """Resident bytes above the baseline; below zero where memory was given back since."""
@@ -87,7 +82,7 @@ class CpuTarget:
             import psutil
 
             return int(psutil.Process().memory_info().rss) - self._baseline_bytes
-        return _proc_bytes("self/status")["VmRSS"] - self._baseline_bytes
+        return proc_bytes("self/status")["VmRSS"] - self._baseline_bytes
 
     def peak_bytes(self) -> int:
         """Peak of the resident bytes above the baseline.
@@ -96,7 +91,7 @@ class CpuTarget:
             BudgetError: not on Linux, where alone the mark can be reset.
         """
         _require_linux("the peak memory of a process is read from /proc")
-        return _proc_bytes("self/status")["VmHWM"] - self._baseline_bytes
+        return proc_bytes("self/status")["VmHWM"] - self._baseline_bytes
 
     def cap(self, budget_bytes: int) -> None:
         """Lets the process grow by ``budget_bytes`` and no more.
@@ -116,7 +111,7 @@ class CpuTarget:
         _start_threads()
         release_free_memory()
         soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        held_bytes = _proc_bytes("self/status")["VmData"]
+        held_bytes = proc_bytes("self/status")["VmData"]
         wanted = held_bytes + budget_bytes
         if hard != resource.RLIM_INFINITY and wanted > hard:
             raise BudgetError(
@@ -157,16 +152,6 @@ def _require_linux(reason: str) -> None:
             expected=f"Linux: {reason}",
             action="run on Linux, or leave the budget unenforced",
         )
-
-
-def _proc_bytes(file: str) -> dict[str, int]:
-    """The lines ``Name: N kB`` of a file below /proc, in bytes."""
-    fields = {}
-    for line in Path("/proc", file).read_text().splitlines():
-        name, _, value = line.partition(":")
-        if value.endswith(" kB"):
-            fields[name] = int(value[:-3]) * KIB
-    return fields
 
 
 def _start_threads() -> None:

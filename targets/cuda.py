@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 
 from edgetrain.errors import BudgetError, UsageError
-from edgetrain.targets.cpu import CpuTarget
 from edgetrain.targets.memory import HostMemory, check_budget, says_out_of_memory
 from edgetrain.units import format_mib
 
@@ -42,15 +41,19 @@ class CudaTarget:
         """Name that the driver gives, such as ``"NVIDIA GeForce GTX 750"``."""
         return torch.cuda.get_device_name(self._device)
 
-    def probe(self) -> HostMemory:
-        """Total and free memory; on an integrated GPU no more than the host's MemAvailable.
+    @property
+    def is_integrated(self) -> bool:
+        """Whether GPU and host share one memory: then :class:`edgetrain.targets.jetson.JetsonTarget` reads it."""
+        return bool(torch.cuda.get_device_properties(self._device).is_integrated)
 
-        There ``cudaMemGetInfo`` takes page cache that could be reclaimed for used memory, and GPU and host draw on
-        one pool, so the kernel's figure is the true one.
-        """
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes that the caching allocator holds, used or not; what a cap limits."""
+        return torch.cuda.memory_reserved(self._device)
+
+    def probe(self) -> HostMemory:
+        """Total and free memory, as the driver says."""
         free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)
-        if torch.cuda.get_device_properties(self._device).is_integrated:
-            return HostMemory(total_bytes, min(CpuTarget().probe().available_bytes, total_bytes))
         return HostMemory(total_bytes, free_bytes)
 
     def start(self) -> None:

@@ -1,7 +1,8 @@
 """The role of a target: read, measure and limit the memory of one kind of device.
 
 An implementation knows its driver and nothing of models or plans: :mod:`edgetrain.targets.cpu` limits the process
-through the kernel, :mod:`edgetrain.targets.cuda` through PyTorch's caching allocator. Bytes are ints throughout.
+through the kernel, :mod:`edgetrain.targets.cuda` through PyTorch's caching allocator, and so does
+:mod:`edgetrain.targets.jetson` where GPU and host share one memory. Bytes are ints throughout.
 """
 
 from __future__ import annotations
@@ -98,8 +99,10 @@ def select_target(device: torch.device | str) -> Target:
         return CpuTarget()
     if kind == "cuda":
         from edgetrain.targets.cuda import CudaTarget
+        from edgetrain.targets.jetson import JetsonTarget
 
-        return CudaTarget(device)
+        target = CudaTarget(device)
+        return JetsonTarget(target) if target.is_integrated else target
     raise UsageError(found=f"device {str(device)!r}", expected="cpu or cuda", action="pass cpu, cuda or cuda:N")
 
 

@@ -13,7 +13,9 @@ from typing import Any
 
 import typer
 
+from edgetrain.cli.calibrate import calibrate
 from edgetrain.cli.demo import demo
+from edgetrain.cli.devices import devices
 from edgetrain.cli.train import train
 from edgetrain.errors import BudgetError, EdgetrainError, StorageError, UsageError
 
@@ -28,9 +30,11 @@ app = typer.Typer(
     help="Train convolutional networks inside a hard memory cap.",
     pretty_exceptions_enable=False,
 )
-_COMMANDS = ("demo", "train")
+_COMMANDS = ("demo", "train", "devices", "calibrate")
 app.command()(demo)
 app.command()(train)
+app.command()(devices)
+app.command()(calibrate)
 
 
 @app.callback(invoke_without_command=True)
