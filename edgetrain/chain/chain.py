@@ -1,7 +1,8 @@
 """A model as a chain of blocks: z[0] -> block 0 -> z[1] -> ... -> z[L], one tensor between two blocks.
 
-Nested ``torch.nn.Sequential`` containers are opened; everything else is one block. An activation that works in
-place belongs to the block whose output it overwrites. What a block can do in
+Nested ``torch.nn.Sequential`` containers are opened, a block for each module inside; any other module is cut where
+one tensor alone is alive (:mod:`edgetrain.chain.cutting`). What cannot be cut is one block and says why. An
+activation that works in place belongs to the block whose output it overwrites. What a block can do in
 place of storing its activations follows from what it is; each refusal carries its reason.
 """
 
@@ -9,13 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from edgetrain.chain.cutting import Cutter
+from edgetrain.chain.pieces import Piece, name_of
+from edgetrain.chain.segment import Note, Segment, join
 from edgetrain.errors import ModelError
 from edgetrain.nn import Invertible
 
@@ -33,11 +38,13 @@ class Block:
         name: path of the module in the model, "" for the model itself.
         module: takes z[i] and gives z[i+1].
         refusals: mode -> why this block cannot do it.
+        uncut: why there is no cut inside; None where there is nothing to cut.
     """
 
     name: str
     module: nn.Module
     refusals: dict[Mode, str]
+    uncut: str | None = None
 
     def allows(self, mode: Mode) -> bool:
         """Whether the backward pass can run in ``mode``."""
@@ -69,7 +76,8 @@ class Chain:
         """
         dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
         shapes: list[tuple[int, ...]] = [tuple(input_shape)]
-        with FakeTensorMode() as fake, torch.no_grad(), torch.random.fork_rng(devices=[]):
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), fake, _ScalarsAreOne():
             z = torch.empty(input_shape, dtype=dtype)
             for block in self.blocks:
                 state: dict[str, torch.Tensor] = {
@@ -100,12 +108,14 @@ class Chain:
 
 
 def chain_of(model: nn.Module) -> Chain:
-    """Cuts ``model`` into a chain of blocks.
+    """Cuts ``model`` into a chain of blocks. Nothing is attached to the model; parameters and buffers are shared.
+
+    The blocks compute what the model computes in training and in evaluation mode, and run in order.
 
     Raises:
         ModelError: the model is empty.
     """
-    blocks = tuple(Block(name, module, _refusals(module)) for name, module in _leaves("", model))
+    blocks = tuple(_blocks(model))
     if not blocks:
         raise ModelError(
             found="a model without blocks", expected="at least one module", action="put layers into the Sequential"
@@ -113,34 +123,106 @@ def chain_of(model: nn.Module) -> Chain:
     return Chain(model, blocks)
 
 
-def saved_state(module: nn.Module) -> list[tuple[Invertible, object | None]]:
-    """What the last forward pass left in the invertible layers of ``module``."""
-    return [(layer, layer.saved) for layer in module.modules() if isinstance(layer, Invertible)]
+State = list[tuple[Invertible | Segment, Any]]
 
 
-def restore_state(state: list[tuple[Invertible, object | None]]) -> None:
+class _ScalarsAreOne(TorchDispatchMode):
+    """Lets control flow that asks for the value of a fake tensor take the branch that a 1 takes."""
+
+    def __init__(self, limit: int = 1000) -> None:
+        super().__init__()
+        self._left = limit
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten._local_scalar_dense.default:
+            return func(*args, **(kwargs or {}))
+        self._left -= 1
+        if self._left < 0:
+            raise RuntimeError("a loop that ends only with data")
+        dtype = args[0].dtype
+        return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
+
+
+def saved_state(module: nn.Module) -> State:
+    """What the last forward pass left in ``module`` for running it again."""
+    return [(layer, layer.saved) for layer in module.modules() if isinstance(layer, Invertible | Segment)]
+
+
+def restore_state(state: State) -> None:
     """Puts back what :func:`saved_state` took."""
     for layer, saved in state:
         layer.saved = saved
 
 
-def _leaves(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _blocks(model: nn.Module) -> Iterator[Block]:
+    cutter, notes, names = Cutter(model), dict[Note, Any](), dict[str, int]()
+    parts: list[_Part] = []
+    for path in _leaves("", model):
+        for group in cutter.groups(path):
+            parts.append(_part(model, group, notes))
+            if parts[-1].overwrites:
+                _join_last(parts)
+    for i, part in enumerate(parts):
+        names[part.name] = names.get(part.name, 0) + 1
+        name = part.name if names[part.name] == 1 else f"{part.name}#{names[part.name]}"
+        refusals = _refusals(part.module)
+        if i == 0 and part.overwrites:
+            refusals["recompute"] = "it overwrites its input, from which it would be recomputed"
+        yield Block(name, part.module, refusals, part.uncut)
+
+
+@dataclass(frozen=True)
+class _Part:
+    name: str
+    module: nn.Module
+    overwrites: bool
+    fresh: bool
+    uncut: str | None
+
+
+def _part(model: nn.Module, group: tuple[Piece, ...], notes: dict[Note, Any]) -> _Part:
+    only = group[0].module if len(group) == 1 else None
+    module = Segment(model, [step for piece in group for step in piece.steps], notes) if only is None else None
+    return _Part(
+        name_of(model, group),
+        model.get_submodule(only) if module is None and only is not None else module or model,
+        _overwrites(group),
+        any(piece.fresh for piece in group),
+        next((piece.uncut for piece in group if piece.uncut), None),
+    )
+
+
+def _overwrites(group: tuple[Piece, ...]) -> bool:
+    """Whether memory of the input is written, perhaps through a view that an earlier piece has made."""
+    for piece in group:
+        if piece.overwrites or piece.fresh:
+            return piece.overwrites
+    return False
+
+
+def _join_last(parts: list[_Part]) -> None:
+    """Joins the last part to the one whose memory it overwrites, and to all between."""
+    while len(parts) > 1 and parts[-1].overwrites:
+        last, before = parts.pop(), parts.pop()
+        parts.append(
+            _Part(
+                f"{before.name}+{last.name.rpartition('.')[2]}",
+                nn.Sequential(before.module, last.module),
+                before.overwrites or not before.fresh,
+                before.fresh or last.fresh,
+                before.uncut or last.uncut,
+            )
+        )
+
+
+def _leaves(path: str, module: nn.Module) -> Iterator[str]:
     # a hook on a container would be lost if the container were opened
-    opened = type(module) is nn.Sequential and not (module._forward_hooks or module._forward_pre_hooks)
-    if not opened:
-        yield name, module
+    if type(module) is not nn.Sequential or module._forward_hooks or module._forward_pre_hooks:
+        yield path
         return
-    held: tuple[str, nn.Module] | None = None
-    for child_name, child in module.named_children():
-        for leaf_name, leaf in _leaves(f"{name}.{child_name}" if name else child_name, child):
-            if held is not None and getattr(leaf, "inplace", False):
-                held = (f"{held[0]}+{leaf_name.rpartition('.')[2]}", nn.Sequential(held[1], leaf))
-                continue
-            if held is not None:
-                yield held
-            held = leaf_name, leaf
-    if held is not None:
-        yield held
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _leaves(join(path, name), child)
 
 
 def _refusals(module: nn.Module) -> dict[Mode, str]:

@@ -108,7 +108,9 @@ class _RecordStatistics(_Intercept):
 
     def statistics_of(self, call: _BatchNormCall) -> Statistics:
         mean, var = batch_moments(call.input)
-        update_running(call.input, mean, var, call.running_mean, call.running_var, call.momentum)
+        # as in torch's own kernel, autograd does not notice: a stored block may use the same batch norm
+        running = [None if values is None else values.data for values in (call.running_mean, call.running_var)]
+        update_running(call.input, mean, var, running[0], running[1], call.momentum)
         self._recorded.append(Statistics(mean, (var + call.eps).rsqrt_()))
         return self._recorded[-1]
 

@@ -131,7 +131,7 @@ def _decide(block: Block, wanted: Mode, *, first: bool, last: bool) -> tuple[Mod
     if wanted == "invert_layerwise" and block.allows("invert"):
         return "invert", block.refusals["invert_layerwise"]
     reason = block.refusals[wanted]
-    if not block.has_parameters:
+    if not block.has_parameters and block.allows("recompute"):
         return "recompute", f"{reason}; without parameters, recomputing it from its input costs little"
     return "store", reason
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
-from edgetrain.chain import Block, restore_state, saved_state
+from edgetrain.chain import Block, State, restore_state, saved_state
+from edgetrain.errors import ModelError
 from edgetrain.nn.invertible import Invertible, Rerun
 from edgetrain.nn.replay import Replay, replaying
 from edgetrain.runtime.offload import Offloaded, offload
@@ -87,7 +88,7 @@ class Execution:
         self._g: dict[int, Tensor] = {}
         self._graphs: dict[int, _Graph] = {}
         self._replays: dict[int, Replay] = {}
-        self._saved: dict[int, list[tuple[Invertible, object | None]]] = {}
+        self._saved: dict[int, State] = {}
         self._offloaded: dict[int, Offloaded] = {}
         self._foreign: set[int] = set()
         self._input_gradient = False
@@ -173,8 +174,14 @@ class Execution:
             self._z[i + 1] = module.forward_(self._own(self._z, i))
         else:
             x = self._z[i] if keep_input else self._z.pop(i)
-            self._replays[i] = Replay(module, x.device)
+            self._replays[i], version = Replay(module, x.device), x._version
             self._z[i + 1] = self._replays[i].first(lambda: module(x))
+            if keep_input and x._version != version:
+                raise ModelError(
+                    found=f"block {self._blocks[i].name or type(module).__name__}, which overwrites its input",
+                    expected="a block that leaves alone what it will be recomputed from",
+                    action='let its first operation work out of place, or give the block the mode "store"',
+                )
         self._saved[i] = saved_state(module)
 
     def _forward_again(self, i: int, *, keep_input: bool) -> None:
@@ -252,4 +259,4 @@ def _watching(storages: set[int]) -> saved_tensors_hooks:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return int(tensor.untyped_storage()._cdata)

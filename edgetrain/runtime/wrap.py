@@ -57,8 +57,11 @@ class Wrapped(nn.Module):
                     expected="a function that makes an optimizer for the parameters of one block",
                     action="pass optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1)",
                 )
+            owned = set[nn.Parameter]()
             for i, block in enumerate(self._chain.blocks):
-                parameters = [p for p in block.module.parameters() if p.requires_grad]
+                # the gradient of a parameter of several blocks is complete after the first one's backward pass
+                parameters = [p for p in block.module.parameters() if p.requires_grad and p not in owned]
+                owned.update(parameters)
                 if parameters:
                     self.optimizers[i] = optimizer(parameters)
 
