@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from edgetrain import chain, export, memory, models, nn, planner, runtime, train
     from edgetrain.export import export_onnx
+    from edgetrain.memory import Estimate, estimate
     from edgetrain.models import create_model
     from edgetrain.planner import Plan, uniform_plan
     from edgetrain.runtime import Wrapped, wrap
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "create_model": "edgetrain.models",
+    "Estimate": "edgetrain.memory",
+    "estimate": "edgetrain.memory",
     "export_onnx": "edgetrain.export",
     "Plan": "edgetrain.planner",
     "Trainer": "edgetrain.train",
@@ -30,12 +33,14 @@ _HOMES = {
 _ROOMS = ("chain", "export", "memory", "models", "nn", "planner", "runtime", "train")
 
 __all__ = [
+    "Estimate",
     "Plan",
     "Trainer",
     "Wrapped",
     "__version__",
     "chain",
     "create_model",
+    "estimate",
     "export",
     "export_onnx",
     "memory",

@@ -18,7 +18,7 @@ from edgetrain.units import KIB, MIB
 DEFAULT_THRESHOLD_BYTES = MIB
 MAX_THRESHOLD_BYTES = 32 * MIB  # HEAP_MAX_SIZE / 2 on 64-bit systems
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_KEPT_BLOCKS = 4  # free blocks below the threshold that may stay at the top of the heap
+KEPT_BLOCKS = 4  # free blocks below the threshold that may stay at the top of the heap
 
 
 def release_free_memory() -> bool:
@@ -47,7 +47,7 @@ def return_large_blocks(threshold_bytes: int = DEFAULT_THRESHOLD_BYTES) -> bool:
     libc = _glibc()
     if libc is None:
         return False
-    libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BLOCKS * threshold_bytes)
+    libc.mallopt(_M_TRIM_THRESHOLD, KEPT_BLOCKS * threshold_bytes)
     return bool(libc.mallopt(_M_MMAP_THRESHOLD, threshold_bytes))
 
 

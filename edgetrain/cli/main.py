@@ -16,6 +16,7 @@ import typer
 from edgetrain.cli.calibrate import calibrate
 from edgetrain.cli.demo import demo
 from edgetrain.cli.devices import devices
+from edgetrain.cli.estimate import estimate
 from edgetrain.cli.train import train
 from edgetrain.errors import BudgetError, EdgetrainError, StorageError, UsageError
 
@@ -30,9 +31,10 @@ app = typer.Typer(
     help="Train convolutional networks inside a hard memory cap.",
     pretty_exceptions_enable=False,
 )
-_COMMANDS = ("demo", "train", "devices", "calibrate")
+_COMMANDS = ("demo", "train", "estimate", "devices", "calibrate")
 app.command()(demo)
 app.command()(train)
+app.command()(estimate)
 app.command()(devices)
 app.command()(calibrate)
 

@@ -16,19 +16,22 @@ from edgetrain.models import create_model
 from edgetrain.targets.memory import says_out_of_memory
 
 
-def model_maker(spec: str, *, num_classes: int, in_channels: int) -> Callable[[], nn.Module]:
+def model_maker(spec: str, *, num_classes: int | None, in_channels: int) -> Callable[[], nn.Module]:
     """A function that makes the network ``spec`` names, with fresh weights.
 
     A function of the user's is called with ``num_classes`` and ``in_channels`` if it takes them.
 
+    Args:
+        num_classes: None leaves the number to the model.
+
     Raises:
         UsageError: nothing has that name, or what it gives is no module.
     """
+    offered = {"in_channels": in_channels} | ({} if num_classes is None else {"num_classes": num_classes})
     if ":" not in spec:
-        create_meta = functools.partial(create_model, spec, num_classes, in_channels=in_channels)
-        return create_meta
+        return functools.partial(create_model, spec, **offered)
     _load(spec)
-    return functools.partial(_call, spec, {"num_classes": num_classes, "in_channels": in_channels})
+    return functools.partial(_call, spec, offered)
 
 
 def _load(spec: str) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Memory of training steps: closed formulas and measurement."""
+"""Memory of training steps: closed formulas, traces, simulated allocators, estimates, measurement."""
 
 from edgetrain.memory.closed_form import (
     PRINTED,
@@ -18,24 +18,39 @@ from edgetrain.memory.cuda_allocator import (
     replay,
     replay_snapshot,
 )
+from edgetrain.memory.estimate import Estimate, Line, estimate, estimate_measured, max_batch
 from edgetrain.memory.measure import Measurement, measure_peak, measure_process_growth
+from edgetrain.memory.step import OPTIMIZERS, classification_loss, trace_step
+from edgetrain.memory.timeline import Timeline, timeline
+from edgetrain.memory.trace import StepTrace
 
 __all__ = [
+    "OPTIMIZERS",
     "PRINTED",
     "Allocation",
     "AllocatorReport",
     "AllocatorSettings",
     "CachingAllocator",
+    "Estimate",
+    "Line",
     "Measurement",
     "MemoryEvent",
     "Release",
     "SimulatedOutOfMemoryError",
+    "StepTrace",
+    "Timeline",
     "TraceReport",
+    "classification_loss",
+    "estimate",
+    "estimate_measured",
     "floor_bytes_per_pixel",
+    "max_batch",
     "measure_peak",
     "measure_process_growth",
     "replay",
     "replay_snapshot",
     "resnet_bytes_per_pixel",
     "reversible_bytes_per_pixel",
+    "timeline",
+    "trace_step",
 ]

@@ -18,7 +18,7 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +101,48 @@ def measure_process_growth(fn: Callable[[], object]) -> int:
     return target.peak_bytes()
 
 
+def record_allocations(
+    function: Callable[..., object], arguments: Iterable[Sequence[object]]
+) -> list[list[tuple[int, int]]]:
+    """Calls ``function`` with each of ``arguments`` on the CPU: what torch's allocator did, as ``(address, bytes)``.
+
+    Bytes are above zero for an allocation and below for the free of a block that the same call allocated; the result
+    of a call outlives it. Arguments are asked for one by one and dropped after their call.
+    """
+    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with _muted():
+        profiler.start()
+    try:
+        for these in arguments:
+            with record_function(_RANGE):
+                result = function(*these)
+            del result, these
+    finally:
+        with _muted():
+            profiler.stop()
+    kineto = profiler.profiler
+    recorded = None if kineto is None else kineto.kineto_results
+    assert recorded is not None  # the profiler was stopped
+    events, ranges = _memory_events(recorded.experimental_event_tree())
+    histories = []
+    position = 0
+    for measured in ranges:
+        live_bytes: dict[int, int] = {}
+        history = []
+        while position < len(events) and events[position].start_time_ns <= measured.end_time_ns:
+            event, position = events[position], position + 1
+            fields = event.extra_fields
+            if event.start_time_ns < measured.start_time_ns:
+                continue
+            if fields.alloc_size > 0:
+                live_bytes[fields.ptr] = fields.alloc_size
+                history.append((fields.ptr, fields.alloc_size))
+            elif fields.ptr in live_bytes:
+                history.append((fields.ptr, -live_bytes.pop(fields.ptr)))
+        histories.append(history)
+    return histories
+
+
 def _measure_cuda(
     fn: Callable[[], object], device: torch.device | str, setup: Callable[[], object] | None
 ) -> Measurement:
@@ -133,10 +175,10 @@ def _muted() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _sizes(roots: list[Any]) -> list[int]:
-    """Bytes of every allocation (above zero) and free (below) inside the measured range, in order of time."""
+def _memory_events(roots: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Allocations and frees, and the measured ranges, each in order of time."""
     events: list[Any] = []
-    measured: Any = None
+    ranges: list[Any] = []
     waiting = roots[::-1]
     while waiting:
         event = waiting.pop()
@@ -144,8 +186,16 @@ def _sizes(roots: list[Any]) -> list[int]:
         if event.tag == _EventType.Allocation:
             events.append(event)
         elif event.name == _RANGE:
-            measured = event
-    events.sort(key=lambda event: event.start_time_ns)  # several threads; stable, so that equal times keep their order
+            ranges.append(event)
+    # several threads; stable, so that equal times keep their order
+    events.sort(key=lambda event: event.start_time_ns)
+    ranges.sort(key=lambda event: event.start_time_ns)
+    return events, ranges
+
+
+def _sizes(roots: list[Any]) -> list[int]:
+    """Bytes of every allocation (above zero) and free (below) inside the measured range, in order of time."""
+    events, (measured,) = _memory_events(roots)
     sizes = []
     live_bytes: dict[int, int] = {}  # address -> size of what this profile saw being allocated
     for event in events:
