@@ -126,7 +126,7 @@ class Estimate:
             rows.append(("free" if free >= 0 else "missing", format_mib(abs(free)), ""))
         widths = [max(len(row[k]) for row in rows) for k in range(2)]
         lines = [f"{name:<{widths[0]}}  {size:>{widths[1]}}  {note}".rstrip() for name, size, note in rows]
-        shares = ", ".join(f"{name or 'the loss'} {format_mib(nbytes)}" for name, nbytes in self.owners)
+        shares = ", ".join(f"{name or 'no module'} {format_mib(nbytes)}" for name, nbytes in self.owners)
         if shares:
             lines.append(f"At the peak ({self.peak_operator}) most is held by: {shares}")
         if self.unknown:
