@@ -1,7 +1,7 @@
 """Everything that only a CUDA device can show, in one call of under ten minutes, written as one JSON file.
 
-Table 3.1 at `max_memory_allocated`, step times against plain autograd, and CIFAR-10 trained inside 400 MiB of the
-allocator. Without a CUDA device it says so, writes nothing and exits with 0.
+Table 3.1 at `max_memory_allocated`, step times against plain autograd, predicted against measured memory, and CIFAR-10
+trained inside 400 MiB of the allocator. Without a CUDA device it says so, writes nothing and exits with 0.
 
     python tools/gpu_evidence.py --data DIR_WITH_CIFAR10 --out docs/results/gpu_evidence.json
 """
@@ -22,6 +22,7 @@ from environment import publish
 
 TOOLS = Path(__file__).resolve().parent
 TRAINING_LIMIT_S = 420
+PREDICTED = ("resnet18", "hybrid18")
 
 
 def tool(name: str, *arguments: str) -> list[dict[str, Any]]:
@@ -59,6 +60,7 @@ def main() -> None:
         return
     rows: list[dict[str, Any]] = [{"kind": "memory", **row} for row in tool("memory_table.py")]
     rows += [{"kind": "time", **row} for row in tool("step_time.py", "--repeats", "20")]
+    rows += [{"kind": "prediction", **row} for row in tool("prediction_error.py", "--networks", *PREDICTED)]
     if arguments.data is not None:
         rows.append(train(arguments.data, arguments.epochs, arguments.budget))
     publish(rows, out=arguments.out, as_json=arguments.json)

@@ -14,11 +14,11 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgetrain.chain.cutting import Cutter
+from edgetrain.chain.fakes import fake_like, fake_mode
 from edgetrain.chain.pieces import Piece, name_of
 from edgetrain.chain.segment import Note, Segment, join
 from edgetrain.errors import ModelError
@@ -76,17 +76,16 @@ class Chain:
         """
         dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
         shapes: list[tuple[int, ...]] = [tuple(input_shape)]
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), fake, _ScalarsAreOne():
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), fake_mode(), _ScalarsAreOne():
             z = torch.empty(input_shape, dtype=dtype)
             for block in self.blocks:
                 state: dict[str, torch.Tensor] = {
-                    name: fake.from_tensor(value)
+                    name: fake_like(value)
                     for name, value in [*block.module.named_parameters(), *block.module.named_buffers()]
                 }
                 saved = saved_state(block.module)
                 try:
-                    z = functional_call(block.module, state, (z.to(next(iter(state.values())).device) if state else z,))
+                    z = functional_call(block.module, state, (z,))
                 except ModelError:
                     raise
                 except Exception as error:

@@ -6,7 +6,6 @@ Exit codes: 0 done; 1 an error without a class of its own; 2 wrong usage; 3 mode
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -22,8 +21,6 @@ from edgetrain.errors import BudgetError, EdgetrainError, StorageError, UsageErr
 
 # typer carries its own copy of click from 0.26 on, and the base of its errors has no public name there
 _UsageMistake: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
-# torch logs, with a traceback, what the error of a block that does not fit says again in a sentence
-_NOISY_LOGGERS = ("torch._subclasses.fake_tensor",)
 
 app = typer.Typer(
     add_completion=False,
@@ -55,8 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and gives its exit code; errors made for people are printed on stderr."""
-    for name in _NOISY_LOGGERS:
-        logging.getLogger(name).addFilter(_nothing)
     try:
         result = app(args=None if arguments is None else list(arguments), standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -109,10 +104,6 @@ def _complain_of(error: EdgetrainError) -> None:
 def _complain(text: str) -> None:
     """Prints ``text`` as one paragraph: messages of libraries may have several lines."""
     print(f"edgetrain: {' '.join(text.split())}", file=sys.stderr)
-
-
-def _nothing(record: logging.LogRecord) -> bool:
-    return False
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from edgetrain.memory.closed_form import (
     resnet_bytes_per_pixel,
     reversible_bytes_per_pixel,
 )
+from edgetrain.memory.costs import BlockCosts, Costs, measure_costs
 from edgetrain.memory.cuda_allocator import (
     Allocation,
     AllocatorReport,
@@ -20,6 +21,7 @@ from edgetrain.memory.cuda_allocator import (
 )
 from edgetrain.memory.estimate import Estimate, Line, estimate, estimate_measured, max_batch
 from edgetrain.memory.measure import Measurement, measure_peak, measure_process_growth
+from edgetrain.memory.simulate import Moment, Simulation, simulate
 from edgetrain.memory.step import OPTIMIZERS, classification_loss, trace_step
 from edgetrain.memory.timeline import Timeline, timeline
 from edgetrain.memory.trace import StepTrace
@@ -30,13 +32,17 @@ __all__ = [
     "Allocation",
     "AllocatorReport",
     "AllocatorSettings",
+    "BlockCosts",
     "CachingAllocator",
+    "Costs",
     "Estimate",
     "Line",
     "Measurement",
     "MemoryEvent",
+    "Moment",
     "Release",
     "SimulatedOutOfMemoryError",
+    "Simulation",
     "StepTrace",
     "Timeline",
     "TraceReport",
@@ -45,12 +51,14 @@ __all__ = [
     "estimate_measured",
     "floor_bytes_per_pixel",
     "max_batch",
+    "measure_costs",
     "measure_peak",
     "measure_process_growth",
     "replay",
     "replay_snapshot",
     "resnet_bytes_per_pixel",
     "reversible_bytes_per_pixel",
+    "simulate",
     "timeline",
     "trace_step",
 ]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import nn
 
-from edgetrain.errors import UsageError
+from edgetrain.errors import ModelError, UsageError
 from edgetrain.memory.cuda_allocator import Allocation, MemoryEvent, replay
 from edgetrain.memory.glibc_heap import process_peak_bytes
 from edgetrain.memory.measure import measure_peak
@@ -177,6 +177,8 @@ def estimate(
 def max_batch(make: Callable[[int], Estimate], *, limit: int = 65536) -> Estimate | None:
     """The estimate of the largest batch that fits; None where not even one sample does.
 
+    From 64 samples on, it is the largest but for a 64th of it.
+
     Memory is nearly affine in the batch, so two estimates say where to look and a few more make sure.
 
     Args:
@@ -186,7 +188,12 @@ def max_batch(make: Callable[[int], Estimate], *, limit: int = 65536) -> Estimat
     Raises:
         UsageError: nobody knows how much the device has.
     """
-    small, large = make(1), make(2)
+    try:
+        first = 1
+        small, large = make(1), make(2)
+    except ModelError:  # a batch norm over single values needs two samples
+        first = 2
+        small, large = make(2), make(3)
     if small.available_bytes is None:
         raise UsageError(
             found=f"--max-batch for {small.device}, of which nobody knows how much memory it has",
@@ -195,9 +202,9 @@ def max_batch(make: Callable[[int], Estimate], *, limit: int = 65536) -> Estimat
         )
     if not small.fits:
         return None
-    best, best_batch, too_large = small, 1, limit + 1
+    best, best_batch, too_large = small, first, limit + 1
     slope = max(large.process_peak_bytes - small.process_peak_bytes, 1)
-    guess = 1 + (small.available_bytes - small.process_peak_bytes) // slope
+    guess = first + (small.available_bytes - small.process_peak_bytes) // slope
     while too_large - best_batch > 1:
         guess = min(max(guess, best_batch + 1), too_large - 1)
         tried = make(guess)
@@ -205,8 +212,8 @@ def max_batch(make: Callable[[int], Estimate], *, limit: int = 65536) -> Estimat
             best, best_batch = tried, guess
         else:
             too_large = guess
-        slope = max((tried.process_peak_bytes - small.process_peak_bytes) // max(guess - 1, 1), 1)
-        proposed = 1 + (small.available_bytes - small.process_peak_bytes) // slope
+        slope = max((tried.process_peak_bytes - small.process_peak_bytes) // max(guess - first, 1), 1)
+        proposed = first + (small.available_bytes - small.process_peak_bytes) // slope
         guess = proposed if best_batch < proposed < too_large else best_batch + max((too_large - best_batch) // 2, 1)
         if best_batch >= 64 and too_large - best_batch <= best_batch // 64:
             break  # a search to the sample would cost more than it tells

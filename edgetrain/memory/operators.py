@@ -4,8 +4,12 @@ On the CPU:
 
 - convolutions of oneDNN copy input, weights and output to a blocked layout. Which of them, with how many channels of
   padding, and what scratch memory comes on top depends on the shape, the element type and the instructions of the
-  processor. So each distinct convolution of a step is run for real on batches of two and of three samples, under the
-  profiler, and each of its allocations is continued to the whole batch: they are affine in it.
+  processor. So each distinct convolution of a step is run for real on two small batches under the profiler, and each
+  of its allocations that grows with the batch is continued to the whole of it.
+- matrix products in bfloat16 pack their factors; small ones are run, large ones count with the most that was seen.
+- the mean in half precision is that of a copy in float32.
+- interpolation to at most 64 x 64 is computed channels last, on copies (``UpSampleKernel.cpp``); the backward pass of
+  a pooling or an interpolation copies a gradient that is not dense.
 - the backward pass of a batch norm with batch statistics takes a second tensor of the size of its input
   (``aten/src/ATen/native/Normalization.cpp``).
 - a pointwise operator on two element types first converts one of its operands (``TensorIterator``).
@@ -24,7 +28,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
+from edgetrain.memory.convolution_bound import convolution_bound, is_pointwise
 from edgetrain.memory.measure import record_allocations
 from edgetrain.memory.trace import Call, TensorMeta
 
@@ -32,13 +38,33 @@ DeviceKind = Literal["cpu", "cuda"]
 
 _CONVOLUTION = "aten.convolution.default"
 _CONVOLUTION_BACKWARD = "aten.convolution_backward.default"
-_SMALL, _LARGE = 2, 3  # a single sample may go to another kernel
+_FEW = 2, 3  # a single sample may go to another kernel
+_PROBE_BYTES, _PROBE_WORK = 2**22, 2**27  # of the larger batch; multiplications
+_FEW_PER_THREAD = 4  # fewer are not spread over all threads, each of which has its scratch
+_CONSTANT_PART = 0.01  # what a copy has besides, such as a bias
+_ONEDNN_SAMPLES = 16  # see convolution_bound.is_pointwise
 _COPYING = (
     "aten.native_layer_norm.default",
     "aten.native_layer_norm_backward.default",
     "aten.native_group_norm.default",
     "aten.native_group_norm_backward.default",
 )
+_POOLING = frozenset(
+    f"{name}_backward"
+    for name in (
+        "avg_pool2d",
+        "max_pool2d_with_indices",
+        "_adaptive_avg_pool2d",
+        "adaptive_max_pool2d",
+        "upsample_nearest2d",
+        "upsample_bilinear2d",
+        "upsample_bicubic2d",
+    )
+)
+_PRODUCTS = frozenset(("mm", "addmm", "bmm", "baddbmm"))
+_SMALL_PRODUCT_BYTES = 2**24
+_PACKED_BYTES, _PACKED_TRANSPOSED_BYTES = 160 * 2**10, 2**21
+_VECTOR_SIDES = 128
 _POINTWISE = frozenset(("add", "sub", "mul", "div", "addcmul", "addcdiv", "lerp", "where", "maximum", "minimum", "pow"))
 
 
@@ -66,31 +92,34 @@ class InnerAllocations:
 
     Args:
         calls: those whose convolutions are to be known.
-        measured: whether convolutions may be run here to find out; without it they count as if input, weights and
-            output were copied to blocks of 16 channels.
+        measured: whether convolutions may be run here to find out; without it they count as much as they take at
+            most, see :mod:`edgetrain.memory.convolution_bound`.
     """
 
     def __init__(self, calls: Iterable[Call], device: DeviceKind = "cpu", *, measured: bool = True) -> None:
         self._device = device
-        self._convolutions: dict[Any, Steps] = {}
+        self._known: dict[Any, Steps] = {}
         if device == "cpu":
             distinct = {_key(call): call for call in calls if _is_convolution(call)}
             if measured:
-                self._convolutions = _measured(distinct)
+                distinct |= {_key(call): call for call in calls if _is_small_product(call)}
+                self._known = _measured(distinct)
             else:
-                self._convolutions = {key: _blocked(call) for key, call in distinct.items()}
+                self._known = {key: _around(convolution_bound(call), before=True) for key, call in distinct.items()}
 
     def of(self, call: Call) -> Steps:
         """What ``call`` does, its results included."""
         if self._device != "cpu":
             return _around(_copies(call), before=True)
-        if _is_convolution(call):
-            return self._convolutions[_key(call)]
+        if self._known and (_is_convolution(call) or _is_product(call)) and (known := self._known.get(_key(call))):
+            return known
         name = call.operator.removeprefix("aten.").partition(".")[0].rstrip("_")
         if name in _POINTWISE:
             return _around(_converted(call), before=False)
         if call.operator in _COPYING:
             return _around(_copies(call), before=True)
+        if name in _POOLING:
+            return _around(_gradient_copy(call), before=True)
         rule = _RULES.get(name)
         return (RESULTS,) if rule is None else _around(rule(call), before=False)
 
@@ -152,16 +181,61 @@ def _tile(queries: int, keys: int) -> tuple[int, int]:
     return min(tile, queries), min(512, keys)
 
 
+def _mean(call: Call) -> list[int]:
+    """In half precision the sum is taken of a copy in float32."""
+    x = call.arguments[0]
+    return [math.prod(x.shape) * 4] if x.dtype.itemsize == 2 else []
+
+
+def _upsample(call: Call) -> list[int]:
+    """``_use_vectorized_kernel_cond_2d`` of UpSampleKernel.cpp: a small output is computed channels last."""
+    x, sides = call.arguments[:2]
+    if not sides or sum(sides) > _VECTOR_SIDES or x.is_channels_last:
+        return []
+    return [x.nbytes, math.prod((*x.shape[:2], *sides)) * x.dtype.itemsize]
+
+
+def _gradient_copy(call: Call) -> list[int]:
+    dy = call.arguments[0]
+    return [] if dy.is_contiguous or dy.is_channels_last else [dy.nbytes]
+
+
+def _product(call: Call) -> list[int]:
+    """Each thread packs tiles of the factors; of a transposed left one, more. Seen up to 1.3 MiB."""
+    left, right = _tensors(call)[-2:]
+    if left.dtype != torch.bfloat16:
+        return []
+    packed = _PACKED_BYTES + (min(left.nbytes, _PACKED_TRANSPOSED_BYTES) if left.strides[-1] != 1 else 0)
+    copies = [t.nbytes for t in (left, right) if len(t.shape) == 3 and t.strides[0] == 0]
+    return [*copies, torch.get_num_threads() * packed]
+
+
 _RULES: dict[str, Callable[[Call], list[int]]] = {
     "native_batch_norm": _batch_norm,
     "native_batch_norm_backward": _batch_norm_backward,
     "_scaled_dot_product_flash_attention_for_cpu": _attention,
     "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+    "mean": _mean,
+    "upsample_bilinear2d": _upsample,
+    "upsample_nearest2d": _upsample,
+    **dict.fromkeys(_PRODUCTS, _product),
 }
 
 
 def _is_convolution(call: Call) -> bool:
     return call.operator in (_CONVOLUTION, _CONVOLUTION_BACKWARD)
+
+
+def _is_product(call: Call) -> bool:
+    return call.operator.removeprefix("aten.").partition(".")[0] in _PRODUCTS
+
+
+def _is_small_product(call: Call) -> bool:
+    """A matrix product in bf16 that is worth running: oneDNN packs its factors, the more the larger they are."""
+    if not (_is_product(call) and call.operator.endswith(".default")):
+        return False
+    factors = _tensors(call)[-2:]
+    return factors[0].dtype == torch.bfloat16 and sum(t.nbytes for t in factors) <= _SMALL_PRODUCT_BYTES
 
 
 def _key(call: Call) -> Any:
@@ -177,20 +251,54 @@ def _measured(distinct: dict[Any, Call]) -> dict[Any, Steps]:
     # steps of two batch sizes of one model have their small ones in common
     missing = list(dict.fromkeys(run for run in wanted if run not in _histories))
     if missing:
-        recorded = record_allocations(_convolve, map(_arguments, missing))
+        recorded = record_allocations(_call, map(_arguments, missing))
         _histories.update(zip(missing, recorded, strict=True))
     found = {}
     for key, call in distinct.items():
         small, *larger = (_histories[run] for run in _runs(key, call))
         n = _batch_size(call)
-        found[key] = _sequence(small, larger[0], n) if larger else _sequence(small, small, n)
+        found[key] = _sequence(small, larger[0], _few(call), n) if larger else _sequence(small, small, (n, n), n)
     return found
 
 
 def _runs(key: Any, call: Call) -> list[Any]:
-    """The convolutions to run in order to know this one: itself, or the same on a few samples."""
+    """The operators to run in order to know this one: itself, or the same convolution on a few samples."""
     n = _batch_size(call)
-    return [_shrunk(key, k) for k in ([n] if n <= _LARGE else [_SMALL, _LARGE])]
+    few = _few(call) if _is_convolution(call) else (n, n)
+    if n <= few[1]:
+        return [(*key, torch.get_num_threads())]
+    if n >= _ONEDNN_SAMPLES:
+        key = _for_onednn(key)
+    return [_shrunk(key, k) for k in few]
+
+
+def _few(call: Call) -> tuple[int, int]:
+    """Samples in the two small batches: enough for all threads, as long as that is quick."""
+    threads = torch.get_num_threads()
+    batched = [a for a in call.arguments[:2] if isinstance(a, TensorMeta) and a.shape[:1] == (_batch_size(call),)]
+    sample_bytes = max(1, *(a.nbytes // max(a.shape[0], 1) for a in batched))
+    work = _sample_work(call)
+    large = min(2 * _FEW_PER_THREAD * threads * (threads > 1), _PROBE_BYTES // sample_bytes, _PROBE_WORK // work)
+    return (large // 2, large // 2 * 2) if large > 2 * _FEW[0] else _FEW
+
+
+def _sample_work(call: Call) -> int:
+    """Multiplications for one sample, roughly: all weights at every pixel that the stride leaves."""
+    first = 0 if call.operator == _CONVOLUTION else 1
+    x, weight = call.arguments[first : first + 2]
+    pixels = math.prod(x.shape[2:]) // math.prod(call.arguments[first + 3])
+    return max(1, (1 + first) * math.prod(weight.shape) * pixels)
+
+
+def _for_onednn(key: Any) -> Any:
+    """``key``, where few samples would go another way than many: a window of one pixel may as well be dilated."""
+    operator, arguments = key
+    weight_at, stride_at = (1, 3) if operator == _CONVOLUTION else (2, 4)
+    dilation_at = stride_at + 2
+    weight, stride, dilation = arguments[weight_at], arguments[stride_at], arguments[dilation_at]
+    if weight.dtype != torch.float32 or not is_pointwise(weight, stride, dilation):
+        return key
+    return operator, (*arguments[:dilation_at], (2,) * len(dilation), *arguments[dilation_at + 1 :])
 
 
 _histories: dict[Any, list[tuple[int, int]]] = {}
@@ -206,26 +314,29 @@ def _shrunk(key: Any, n: int) -> Any:
 
 def _arguments(key: Any) -> list[Any]:
     operator, arguments, _ = key
-    tensors = [
-        torch.empty_strided(a.shape, a.strides, dtype=a.dtype).zero_() if isinstance(a, TensorMeta) else a
-        for a in arguments
-    ]
-    return [operator, *tensors]
+    return [operator, *(_zeros(a) if isinstance(a, TensorMeta) else a for a in arguments)]
+
+
+def _zeros(meta: TensorMeta) -> Tensor:
+    """A tensor of that form, an expanded one included: several elements may share one place."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(meta.shape, meta.strides, strict=True))
+    return torch.zeros(extent, dtype=meta.dtype).as_strided(meta.shape, meta.strides)
 
 
 @torch.no_grad()
-def _convolve(operator: str, *arguments: Any) -> object:
-    if operator == _CONVOLUTION:
-        return torch.ops.aten.convolution.default(*arguments)
-    return torch.ops.aten.convolution_backward.default(*arguments)
+def _call(operator: str, *arguments: Any) -> object:
+    name, overload = operator.removeprefix("aten.").split(".")
+    return getattr(getattr(torch.ops.aten, name), overload)(*arguments)
 
 
-def _sequence(small: list[tuple[int, int]], large: list[tuple[int, int]], n: int) -> Steps:
-    """The allocations of a call on ``n`` samples, by continuing from those of two batch sizes.
+def _sequence(small: list[tuple[int, int]], large: list[tuple[int, int]], few: tuple[int, int], n: int) -> Steps:
+    """The allocations of a call on ``n`` samples, by continuing from those of the two of ``few``.
 
-    Where the two do not correspond, the library took another way for one of them: the larger is scaled as a whole.
+    Where the larger has some more in one place, a loop over the samples makes them, and one round of it is enough: it
+    frees what it takes. Where the two do not correspond otherwise, the library took another way for one of them, and
+    the larger is scaled as a whole.
     """
-    corresponding = [_sign(nbytes) for _, nbytes in small] == [_sign(nbytes) for _, nbytes in large]
+    counterparts = _counterparts(small, large)
     alive: dict[int, int] = {}
     names: list[int] = []
     for position, (address, nbytes) in enumerate(large):
@@ -238,42 +349,30 @@ def _sequence(small: list[tuple[int, int]], large: list[tuple[int, int]], n: int
         if nbytes < 0:
             steps.append(Inner(names[position], 0))
             continue
-        if corresponding:
-            nbytes += (nbytes - small[position][1]) * (n - _LARGE) // (_LARGE - _SMALL)
-        else:
-            nbytes = nbytes * n // _LARGE
+        if counterparts is None:
+            nbytes = -(-nbytes * n // few[1])
+        elif counterparts[position] is not None:
+            nbytes = _continued(small[counterparts[position]][1], nbytes, few, n)
         steps.append(Inner(None if position in results else position, max(nbytes, 1)))
     return (*steps, RESULTS)
 
 
-def _sign(value: int) -> int:
-    return 1 if value > 0 else -1
+def _continued(small: int, large: int, few: tuple[int, int], n: int) -> int:
+    """Bytes for ``n`` samples: copies of the batch grow with it, scratch has steps and does not."""
+    grows = small != large and abs(small * few[1] - large * few[0]) <= _CONSTANT_PART * large * few[0]
+    return large + (large - small) * (n - few[1]) // (few[1] - few[0]) if grows else max(small, large)
 
 
-def _blocked(call: Call) -> Steps:
-    """A convolution that copies everything to blocks of 16 channels."""
-    backward = call.operator == _CONVOLUTION_BACKWARD
-    if backward:
-        dy, x, weight = call.arguments[:3]
-    else:
-        (x, weight), dy = call.arguments[:2], None
-    sizes = [x, weight] if dy is None else [dy, x, weight]
-    copies = [_padded(meta) for meta in sizes]
-    if dy is None:
-        n, spatial = x.shape[0], _output_extent(call)
-        copies.append(n * -(-weight.shape[0] // 16) * 16 * spatial * x.dtype.itemsize)
-    return _around(copies, before=True)
-
-
-def _padded(meta: TensorMeta) -> int:
-    channels = meta.shape[1]
-    return meta.nbytes * (-(-channels // 16) * 16) // max(channels, 1)
-
-
-def _output_extent(call: Call) -> int:
-    x, weight, _, stride, padding, dilation, *_ = call.arguments
-    extent = 1
-    for k in range(2, len(x.shape)):
-        window = dilation[k - 2] * (weight.shape[k] - 1) + 1
-        extent *= (x.shape[k] + 2 * padding[k - 2] - window) // stride[k - 2] + 1
-    return extent
+def _counterparts(small: list[tuple[int, int]], large: list[tuple[int, int]]) -> list[Any] | None:
+    """For each event of ``large`` the position of its like in ``small``; None in it for one of another round."""
+    signs = [[nbytes > 0 for _, nbytes in history] for history in (small, large)]
+    more = len(large) - len(small)
+    same = next((k for k, (a, b) in enumerate(zip(*signs, strict=False)) if a != b), min(map(len, signs)))
+    if more < 0 or signs[0][same:] != signs[1][same + more :]:
+        return None
+    live: set[int] = set()
+    for address, nbytes in large[same : same + more]:
+        if nbytes < 0 and address not in live:
+            return None
+        (live.add if nbytes > 0 else live.remove)(address)
+    return None if live else [*range(same), *[None] * more, *range(same, len(small))]

@@ -7,17 +7,18 @@ gradients are not (``zero_grad`` sets them to None before each step, its default
 from __future__ import annotations
 
 import copy
+import dataclasses
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException as _DataDependentOutputException
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.nn.parameter import UninitializedParameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from edgetrain.chain.fakes import fake_mode
+from edgetrain.chain.fakes import NeedsDataError, fake_like, fake_mode, spare_the_compiler
 from edgetrain.errors import EdgetrainError, ModelError, UsageError, near_matches
 from edgetrain.memory.trace import Recorder, StepTrace
 
@@ -94,8 +95,9 @@ def trace_step(
     """
     make_optimizer = None if optimizer is None else optimizer_factory(optimizer)
     mode = fake_mode()
+    spare_the_compiler(torch.optim.Optimizer.add_param_group)
     recorder = Recorder()
-    fake = _fake_model(model, mode, dtype)
+    fake = fake_model(model, mode, dtype)
     net = fake if wrap is None else wrap(fake)
     with torch.random.fork_rng(devices=[]), mode:
         x = torch.empty(batch_size, *input_shape, dtype=dtype)
@@ -104,14 +106,14 @@ def trace_step(
         with recorder.naming(fake):
             try:
                 if stepper is not None:
-                    _create_state(stepper, recorder)
-                _resident(recorder, fake, stepper, x)
+                    create_state(stepper, recorder)
+                classify_resident(recorder, fake, stepper, x)
                 with recorder:
                     _step(recorder, net, stepper, x, loss, owned)
             except EdgetrainError:
                 raise
             except Exception as error:
-                raise _explained(error, recorder, fake) from error
+                raise explained(error, recorder, fake) from error
     return recorder.finish()
 
 
@@ -132,17 +134,18 @@ def _step(
             recorder.classify(parameter.grad, "gradients")
     if stepper is not None:
         with recorder.in_phase("optimizer", scalars=True):
-            stepper.step()
+            update_parameters(stepper)
 
 
-def _create_state(stepper: torch.optim.Optimizer, recorder: Recorder) -> None:
+def create_state(stepper: torch.optim.Optimizer, recorder: Recorder) -> None:
     """The state that a first step leaves, outside the trace."""
     parameters = [p for group in stepper.param_groups for p in group["params"]]
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
     with _Scalars():
-        stepper.step()
-    stepper.zero_grad(set_to_none=True)
+        update_parameters(stepper)
+    for parameter in parameters:
+        parameter.grad = None
 
 
 class _Scalars(TorchDispatchMode):
@@ -158,7 +161,8 @@ class _Scalars(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _resident(recorder: Recorder, model: nn.Module, stepper: torch.optim.Optimizer | None, x: Tensor) -> None:
+def classify_resident(recorder: Recorder, model: nn.Module, stepper: torch.optim.Optimizer | None, x: Tensor) -> None:
+    """Weights, the state of the optimiser and the batch are there when the step begins."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         recorder.classify(tensor, "weights", name.rpartition(".")[0])
     for state in stepper.state.values() if stepper is not None else ():
@@ -167,10 +171,17 @@ def _resident(recorder: Recorder, model: nn.Module, stepper: torch.optim.Optimiz
     recorder.classify(x, "batch")
 
 
-def _fake_model(model: nn.Module | Callable[[], nn.Module], mode: FakeTensorMode, dtype: torch.dtype) -> nn.Module:
+def fake_model(model: nn.Module | Callable[[], nn.Module], mode: TorchDispatchMode, dtype: torch.dtype) -> nn.Module:
     """A copy of ``model`` that shares its structure and has fake tensors in the place of its own."""
     if not isinstance(model, nn.Module):
         model = _without_memory(model)
+    lazy = [name for name, tensor in model.named_parameters() if isinstance(tensor, UninitializedParameter)]
+    if lazy:
+        raise ModelError(
+            found=f"a lazy module whose {lazy[0]} has no shape yet",
+            expected="a model whose parameters have their shapes",
+            action="run it once on a batch of zeros, or write the numbers of inputs out",
+        )
     memo: dict[int, Any] = {}
     with mode:
         for module in model.modules():
@@ -191,18 +202,18 @@ def _without_memory(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _fake(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    kind = dtype if tensor.is_floating_point() else tensor.dtype
-    faked = torch.empty_strided(tensor.shape, tensor.stride(), dtype=kind, device="cpu")
+    faked = fake_like(tensor, dtype if tensor.is_floating_point() else None)
     return nn.Parameter(faked, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else faked
 
 
-def _explained(error: Exception, recorder: Recorder, model: nn.Module) -> ModelError:
+def explained(error: Exception, recorder: Recorder, model: nn.Module) -> ModelError:
+    """What to tell of a failure under fake tensors."""
     name = recorder.current_module
     module = dict(model.named_modules()).get(name, model)
     where = f"{name or 'the model'} ({type(module).__name__})"
-    if isinstance(error, (_DataDependentOutputException, DynamicOutputShapeException)):
+    if isinstance(error, NeedsDataError):
         return ModelError(
-            found=f"{where} decides by the values of its data ({error.func})",
+            found=f"{where} decides by the values of its data ({error})",
             expected="a step whose operators depend on shapes alone",
             action="measure instead: pass --measure, or measured=True, which runs small batches for real",
         )
@@ -220,4 +231,12 @@ def _tensors(value: Any) -> list[Tensor]:
         return [t for item in value.values() for t in _tensors(item)]
     if isinstance(value, (tuple, list)):
         return [t for item in value for t in _tensors(item)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [t for item in dataclasses.fields(value) for t in _tensors(getattr(value, item.name))]
     return []
+
+
+def update_parameters(stepper: torch.optim.Optimizer) -> None:
+    """``stepper.step()`` without its wrappers, which import torch's compiler and call hooks."""
+    with torch.no_grad():
+        inspect.unwrap(type(stepper).step)(stepper)

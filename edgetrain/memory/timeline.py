@@ -57,7 +57,7 @@ def timeline(trace: StepTrace, device: DeviceKind = "cpu", *, measured: bool = T
     Args:
         measured: whether convolutions may be run here on small batches to see what they take inside (CPU).
     """
-    events = list(_events(trace, InnerAllocations(trace.calls, device, measured=measured)))
+    events = list(numbered_events(trace, InnerAllocations(trace.calls, device, measured=measured)))
     live: dict[int, int] = {}
     allocated = peak_bytes = resident = 0
     peak_at, peak_event = -1, 0
@@ -86,7 +86,8 @@ def timeline(trace: StepTrace, device: DeviceKind = "cpu", *, measured: bool = T
     )
 
 
-def _events(trace: StepTrace, inner: InnerAllocations) -> Iterator[tuple[int, MemoryEvent]]:
+def numbered_events(trace: StepTrace, inner: InnerAllocations) -> Iterator[tuple[int, MemoryEvent]]:
+    """Allocations and releases, each with the number of the operator in which it happens, -1 before the first."""
     alive = set()
     for block in trace.resident:
         alive.add(block)

@@ -30,6 +30,10 @@ Phase = Literal["setup", "forward", "backward", "optimizer"]
 Kind = Literal["weights", "gradients", "optimizer", "batch", "activations", "temporaries"]
 KINDS: tuple[Kind, ...] = ("weights", "gradients", "optimizer", "batch", "activations", "temporaries")
 
+MARK = "edgetrain.mark"
+"""Operator of a call that does nothing, see :meth:`Recorder.mark`."""
+RANDOM_STATE = "torch.get_rng_state"
+
 
 @dataclass(frozen=True)
 class TensorMeta:
@@ -56,6 +60,17 @@ class TensorMeta:
                 return False
             expected *= extent
         return True
+
+    @property
+    def is_channels_last(self) -> bool:
+        """Whether it has four dimensions and its channels are next to each other, without holes."""
+        if len(self.shape) != 4:
+            return False
+        n, c, h, w = range(4)
+        order = (n, h, w, c)
+        return TensorMeta(
+            tuple(self.shape[k] for k in order), tuple(self.strides[k] for k in order), self.dtype
+        ).is_contiguous
 
 
 @dataclass
@@ -128,13 +143,24 @@ class Recorder(TorchDispatchMode):
         self._modules: list[str] = []
         self._by_sequence: dict[int, str] = {}
         self._scalars = False
+        self._get_state = torch.get_rng_state
 
     def classify(self, tensor: Tensor, kind: Kind, module: str = "") -> None:
         """Says what ``tensor`` serves as; one that no operator made was there when the step began."""
         number = self._meet(tensor, module)
         if number is not None:
             self.trace.resident.append(number)
-        self.trace.blocks[self._known[tensor.untyped_storage()._cdata][0]].kind = kind
+        self.trace.blocks[self.number_of(tensor)].kind = kind
+
+    def number_of(self, tensor: Tensor) -> int:
+        """The block of ``tensor``, which an operator has made or :meth:`classify` was told of."""
+        return self._known[tensor.untyped_storage()._cdata][0]
+
+    def mark(self) -> int:
+        """Number of a call that stands for this moment: all that went before is freed in it or before it."""
+        freed, self._freed = tuple(self._freed), []
+        self.trace.calls.append(Call(MARK, (), freed, (), "", self.phase))
+        return len(self.trace.calls) - 1
 
     def finish(self) -> StepTrace:
         """The trace; what was freed after the last operator is in it."""
@@ -172,13 +198,33 @@ class Recorder(TorchDispatchMode):
         def leave(module: nn.Module, _: Any, __: Any) -> None:
             self._modules.pop()
 
-        # a forward that raises leaves its path here; it ends the trace anyway
-        hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+        # a forward that raises leaves its path here, which names it; it ends the trace anyway
+        hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def __enter__(self) -> Recorder:
+        """Records until ``__exit__``; the state of the random numbers, a tensor that no operator makes, as well."""
+        get_state = torch.get_rng_state
+
+        def get_and_note() -> Tensor:
+            state = get_state()
+            made: list[int] = []
+            freed, self._freed = tuple(self._freed), []
+            self._note(state, self.current_module, made)
+            self.trace.calls.append(Call(RANDOM_STATE, (), freed, tuple(made), self.current_module, self.phase))
+            return state
+
+        torch.get_rng_state, self._get_state = get_and_note, get_state
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        torch.get_rng_state = self._get_state
+        super().__exit__(*exception)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -1,0 +1,179 @@
+"""The memory of a chain of blocks, instruction by instruction, measured once under fake tensors.
+
+From it :func:`edgetrain.memory.simulate` rates any Program of the chain. Each block runs each instruction that it
+allows, alone (:mod:`edgetrain.memory.bench`); blocks that are equal in structure and shapes share what one of them
+shows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from edgetrain.chain import chain_of
+from edgetrain.chain.fakes import fake_mode, spare_the_compiler
+from edgetrain.errors import EdgetrainError, ModelError
+from edgetrain.memory.bench import Form, History
+from edgetrain.memory.effects import Effect, Key, Layout
+from edgetrain.memory.operators import DeviceKind, InnerAllocations
+from edgetrain.memory.step import (
+    Loss,
+    OptimizerFactory,
+    classification_loss,
+    classify_resident,
+    create_state,
+    explained,
+    fake_model,
+    optimizer_factory,
+)
+from edgetrain.memory.survey import Survey, observe_update
+from edgetrain.memory.timeline import numbered_events
+from edgetrain.memory.trace import Kind, Recorder
+from edgetrain.nn.invertible import Invertible
+
+
+@dataclass(frozen=True)
+class BlockCosts:
+    """One block.
+
+    Attributes:
+        invertible: whether it runs in the memory of its input.
+        gradient_bytes: of its parameters, those of later blocks left out.
+        effects: of the instructions it allows.
+    """
+
+    name: str
+    invertible: bool
+    gradient_bytes: int
+    effects: Mapping[Key, Effect]
+
+    @property
+    def saved_bytes(self) -> int:
+        """What ``forward all`` leaves besides its output; its input does not count, held or not."""
+        effect = self.effects["forward all", None, None]
+        return effect.net_bytes - sum(o.nbytes for o in effect.outputs if o.inside is None)
+
+    def effect(self, key: Key) -> Effect:
+        """The effect of an instruction.
+
+        Raises:
+            ModelError: the block cannot run it.
+        """
+        found = self.effects.get(key)
+        if found is None:
+            raise ModelError(
+                found=f"instruction {key[0]!r} for block {self.name!r}",
+                expected="one of " + ", ".join(sorted({name for name, _, _ in self.effects})),
+                action="give the block a mode that it allows",
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class Costs:
+    """A chain at one batch size, exactly: slices and workspaces are not affine in the batch, so measure each one.
+
+    Attributes:
+        shapes: of z[0] ... z[L], batch first.
+        element_bytes: of one element of z[0] ... z[L].
+        device: whose operators were assumed.
+        weight_bytes: parameters and buffers.
+        optimizer_bytes: state of the optimiser.
+        update_bytes: temporaries of one step of the optimiser over all parameters.
+        heads: the caller's loss, by the layout of z[L].
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    element_bytes: tuple[int, ...]
+    device: DeviceKind
+    weight_bytes: int
+    optimizer_bytes: int
+    update_bytes: int
+    blocks: tuple[BlockCosts, ...]
+    heads: Mapping[Layout, Effect]
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in a step."""
+        return self.shapes[0][0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the blocks."""
+        return tuple(block.name for block in self.blocks)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of all parameters."""
+        return sum(block.gradient_bytes for block in self.blocks)
+
+
+def measure_costs(
+    model: nn.Module | Callable[[], nn.Module],
+    *,
+    input_shape: tuple[int, ...],
+    batch_size: int,
+    dtype: torch.dtype = torch.float32,
+    optimizer: str | OptimizerFactory | None = "sgd",
+    loss: Loss = classification_loss,
+    device: DeviceKind = "cpu",
+    measured: bool = True,
+) -> Costs:
+    """What every instruction of any Program of ``model`` does to memory.
+
+    Args:
+        model: a module, which is left alone, or a function that makes one without arguments.
+        input_shape: of one sample, (c, h, w).
+        dtype: of weights and batch.
+        optimizer: a name of :data:`edgetrain.memory.OPTIMIZERS`, a function of the parameters, or None.
+        loss: from the model's output.
+        measured: whether convolutions may be run here on a few samples, to see what they take inside (CPU only).
+
+    Raises:
+        ModelError: a block cannot run without data; names the module.
+        UsageError: an unknown optimiser.
+    """
+    spare_the_compiler(torch.optim.Optimizer.add_param_group)
+    factory = None if optimizer is None else optimizer_factory(optimizer)
+    mode = fake_mode()
+    recorder = Recorder()
+    fake = fake_model(model, mode, dtype)
+    with torch.random.fork_rng(devices=[]), mode, recorder.naming(fake):
+        try:
+            stepper = None if factory is None else factory([p for p in fake.parameters() if p.requires_grad])
+            if stepper is not None:
+                create_state(stepper, recorder)
+            batch = Form((batch_size, *input_shape), dtype)
+            classify_resident(recorder, fake, stepper, batch.make())
+            with recorder, torch.no_grad():
+                survey = Survey(chain_of(fake), recorder, batch, factory)
+                survey.run(loss)
+                update = observe_update(fake, stepper, recorder)
+        except EdgetrainError:
+            raise
+        except Exception as error:
+            raise explained(error, recorder, fake) from error
+    trace = recorder.finish()
+    events = list(numbered_events(trace, InnerAllocations(trace.calls, device, measured=measured)))
+    history = History(events, survey.observations())
+    resident = Counter[Kind]()
+    for number in trace.resident:
+        resident[trace.blocks[number].kind] += trace.blocks[number].nbytes
+    per_block = zip(survey.blocks, survey.gradient_bytes(), survey.effects(history), strict=True)
+    return Costs(
+        shapes=tuple(form.shape for form in survey.forms),
+        element_bytes=tuple(form.dtype.itemsize for form in survey.forms),
+        device=device,
+        weight_bytes=resident["weights"],
+        optimizer_bytes=resident["optimizer"],
+        update_bytes=history.peak_between(*update),
+        blocks=tuple(
+            BlockCosts(block.name, isinstance(block.module, Invertible), gradient_bytes, effects)
+            for block, gradient_bytes, effects in per_block
+        ),
+        heads={layout: history.effect(seen) for layout, seen in survey.heads.items()},
+    )

@@ -1,0 +1,98 @@
+"""What an instruction of a Program does to memory: a few numbers that a simulation adds up.
+
+An instruction works on tensors that others may hold too: z[i], z[i+1], g[i+1]. Whether their memory is freed when it
+lets go of them depends on the plan; everything else it allocates and frees is its own affair and always the same. So an
+:class:`Effect` is a few numbers: bytes up to the moment at which it lets go of a shared tensor, and from there on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from edgetrain.runtime.program import Keep
+
+Operand = Literal["x", "y", "dy", "dx"]
+"""Tensors of block i that others see: z[i], z[i+1], g[i+1] and g[i]."""
+
+Layout = tuple[int, ...] | None
+"""Strides of a tensor; None: contiguous."""
+
+Key = tuple[str, Layout, Layout]
+"""An instruction as a block sees it, with the layouts of z[i] and g[i+1] where they matter.
+
+- ``forward all``, ``forward input``, ``forward nothing``
+- ``recompute all after input``: the first pass decides what there is to replay
+- ``backward saved after forward all``, ``backward saved after recompute all after input``
+- ``backward recompute after input``, ``backward invert``, ``backward invert_layerwise``
+- ``update``
+"""
+
+
+def key_of(name: str, *, after: str = "", x: Layout = None, dy: Layout = None) -> Key:
+    """The key of an instruction."""
+    return f"{name} after {after}" if after else name, x, dy
+
+
+def first_pass(keep: Keep, *, in_place: bool) -> str:
+    """What a forward pass leaves for later ones, by name; that of an invertible block in place is its own."""
+    return "nothing" if in_place else "all" if keep == "all" else "input"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stretch of an instruction.
+
+    Attributes:
+        peak_bytes: most bytes in it, above those at its start.
+        net_bytes: at its end, above those at its start.
+        releases: what the instruction lets go of then; None at the end of the instruction.
+    """
+
+    peak_bytes: int
+    net_bytes: int
+    releases: Operand | None
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A tensor that an instruction gives.
+
+    Attributes:
+        nbytes: of its storage, part of the net bytes unless it is in the memory of an operand.
+        inside: the operand in whose memory it is.
+    """
+
+    name: Operand
+    nbytes: int
+    layout: Layout
+    inside: Operand | None
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """What one instruction does to memory.
+
+    Attributes:
+        kept: operands and outputs that the block goes on holding: what autograd saved, mostly.
+        noted: those that the executor knows to be saved, and will not overwrite.
+    """
+
+    parts: tuple[Part, ...]
+    outputs: tuple[Output, ...]
+    kept: tuple[Operand, ...]
+    noted: tuple[Operand, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes above those at its start, if nothing that it lets go of is freed."""
+        level = peak = 0
+        for part in self.parts:
+            peak = max(peak, level + part.peak_bytes)
+            level += part.net_bytes
+        return peak
+
+    @property
+    def net_bytes(self) -> int:
+        """Bytes that it leaves, its outputs among them, if nothing that it lets go of is freed."""
+        return sum(part.net_bytes for part in self.parts)

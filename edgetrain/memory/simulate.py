@@ -1,0 +1,338 @@
+"""The memory of a Program, from the costs of its instructions: no tensor, no clock, a few milliseconds.
+
+Follows the executor (:mod:`edgetrain.runtime.executor`) name by name: which z, g and stored graphs there are, who holds
+the memory of each, when the last one lets go, and where something is copied because somebody else can see it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgetrain.errors import ModelError
+from edgetrain.memory.costs import Costs
+from edgetrain.memory.effects import Effect, Layout, Operand, first_pass, key_of
+from edgetrain.runtime.program import (
+    Backward,
+    Fetch,
+    Forward,
+    Free,
+    Head,
+    How,
+    Instruction,
+    Keep,
+    Offload,
+    Place,
+    Program,
+    Recompute,
+    Update,
+)
+
+ANCHOR_BYTES = 4
+"""The scalar on which a wrapped model hangs its step in autograd's graph."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """One instruction of a Program.
+
+    Attributes:
+        instruction: None: the step of the optimiser after the Program.
+        before_bytes: allocated when it begins; ``peak_bytes`` the most while it runs, ``after_bytes`` at its end.
+        z: indices of the z that exist at its end; ``g`` and ``graphs``, by block, likewise.
+    """
+
+    instruction: Instruction | None
+    before_bytes: int
+    peak_bytes: int
+    after_bytes: int
+    z: tuple[int, ...]
+    g: tuple[int, ...]
+    graphs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """The memory of one training step.
+
+    Attributes:
+        peak_bytes: most bytes allocated at once; weights, state of the optimiser and batch included.
+        resident_bytes: those three.
+        host_peak_bytes: most bytes offloaded to the host at once, where that is another memory.
+        moments: one per instruction, and the optimiser's.
+    """
+
+    peak_bytes: int
+    resident_bytes: int
+    host_peak_bytes: int
+    moments: tuple[Moment, ...]
+
+    @property
+    def peak(self) -> Moment:
+        """The first moment at which ``peak_bytes`` are reached."""
+        return next(moment for moment in self.moments if moment.peak_bytes == self.peak_bytes)
+
+    @property
+    def peak_instruction(self) -> Instruction | None:
+        """What runs at the peak; None: the step of the optimiser after the Program."""
+        return self.peak.instruction
+
+
+def simulate(program: Program, costs: Costs, *, optimizer_bytes: int | None = None) -> Simulation:
+    """The memory of a step of ``program``.
+
+    Args:
+        costs: of the same chain, at the Program's batch size.
+        optimizer_bytes: state of the optimiser on the device; None: as ``costs`` has it.
+
+    Raises:
+        ModelError: the costs are of another chain or batch size, or an instruction needs what is not there.
+    """
+    if program.names != costs.names or program.shapes != costs.shapes:
+        raise ModelError(
+            found=f"costs of {len(costs.names)} blocks for {costs.shapes[0]}",
+            expected=f"those of the program: {len(program.names)} blocks for {program.shapes[0]}",
+            action="measure the costs of this model at this input and batch size",
+        )
+    state = costs.optimizer_bytes if optimizer_bytes is None else optimizer_bytes
+    simulator = _Simulator(program, costs, costs.weight_bytes + state)
+    resident = simulator.level - ANCHOR_BYTES
+    moments = [simulator.run(step) for step in program.instructions]
+    if not any(isinstance(step, Update) for step in program.instructions):
+        after = resident + costs.gradient_bytes
+        moments.append(Moment(None, after, after + costs.update_bytes, after, (), (), ()))
+    return Simulation(max(m.peak_bytes for m in moments), resident, simulator.host_peak_bytes, tuple(moments))
+
+
+class _Storage:
+    """Memory of a tensor.
+
+    Attributes:
+        holders: how many things keep it.
+        names: how many of them are entries of z and g.
+        noted: how many stored graphs are known to need it.
+        foreign: whether somebody outside of the step can see it.
+    """
+
+    __slots__ = ("foreign", "holders", "names", "nbytes", "noted")
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.holders = self.names = self.noted = 0
+        self.foreign = False
+
+
+_Tensor = tuple[_Storage, Layout]
+_Operands = dict[Operand, _Storage]
+
+
+@dataclass(slots=True)
+class _Graph:
+    """A stored block: by which instruction, from an input of which layout, and the shared memory that it holds."""
+
+    stored_by: str
+    layout: Layout
+    held: _Operands
+    noted: list[_Storage]
+
+
+class _Simulator:
+    def __init__(self, program: Program, costs: Costs, resident_bytes: int) -> None:
+        self._costs = costs
+        self._sizes = [_size(shape) * b for shape, b in zip(program.shapes, costs.element_bytes, strict=True)]
+        self._z: dict[int, _Tensor] = {}
+        self._g: dict[int, _Tensor] = {}
+        self._graphs: dict[int, _Graph] = {}
+        self._first: dict[int, str] = {}
+        self._offloaded: dict[int, tuple[_Storage, Layout, Place]] = {}
+        self._host_bytes = self.host_peak_bytes = 0
+        self.level = self.peak = resident_bytes + self._sizes[0] + ANCHOR_BYTES
+        batch = _Storage(self._sizes[0])
+        batch.holders, batch.foreign = 1, True
+        self._put(self._z, 0, batch, None)
+
+    def run(self, step: Instruction) -> Moment:
+        """What ``step`` does."""
+        before = self.peak = self.level
+        try:
+            self._run(step)
+        except KeyError as missing:
+            raise ModelError(
+                found=f"{step} without its tensor {missing}",
+                expected="a program in which every instruction finds what it needs",
+                action="keep, recompute or fetch it before",
+            ) from missing
+        return Moment(step, before, self.peak, self.level, tuple(self._z), tuple(self._g), tuple(self._graphs))
+
+    def _run(self, step: Instruction) -> None:
+        if isinstance(step, Forward):
+            self._forward(step.block, step.keep, again=False)
+        elif isinstance(step, Backward):
+            self._backward(step.block, step.how)
+        elif isinstance(step, Free):
+            if step.index in self._z:
+                self._drop(self._pop(self._z, step.index)[0])
+        elif isinstance(step, Recompute):
+            for block in range(step.first, step.last + 1):
+                self._forward(block, step.keep, again=True)
+        elif isinstance(step, Head):
+            self._head()
+        elif isinstance(step, Offload):
+            self._offload(step.index, step.to)
+        elif isinstance(step, Fetch):
+            self._fetch(step.index)
+        elif key_of("update") in self._costs.blocks[step.block].effects:
+            self._apply(self._costs.blocks[step.block].effect(key_of("update")), {})
+
+    def _forward(self, i: int, keep: Keep, *, again: bool) -> None:
+        block = self._costs.blocks[i]
+        in_place = block.invertible and keep == "nothing"
+        if in_place:
+            x, layout = self._own(self._z, i), None
+        elif keep == "nothing":
+            x, layout = self._pop(self._z, i)
+        else:
+            x, layout = self._z[i]
+        if again:
+            key = key_of(f"recompute {keep}", after=self._first[i], x=layout)
+        else:
+            key = key_of(f"forward {keep}", x=layout)
+            self._first[i] = first_pass(keep, in_place=in_place)
+        effect = block.effect(key)
+        operands: _Operands = {"x": x}
+        self._apply(effect, operands)
+        if keep == "all":
+            held = {operand: operands[operand] for operand in effect.kept}
+            self._graphs[i] = _Graph(key[0], layout, held, [operands[operand] for operand in effect.noted])
+            for storage in self._graphs[i].noted:
+                storage.noted += 1
+        self._name(effect, operands, self._z, i + 1, "y")
+        if keep == "nothing":
+            self._let_go(effect, operands, "x")
+
+    def _head(self) -> None:
+        last = len(self._costs.blocks)
+        y, layout = self._z[last]
+        y.foreign = True
+        effect = self._costs.heads.get(layout)
+        if effect is None:
+            raise KeyError(f"z[{last}]")
+        operands: _Operands = {"y": y}
+        self._apply(effect, operands)
+        operands["dy"].foreign = True
+        self._name(effect, operands, self._g, last, "dy")
+
+    def _backward(self, i: int, how: How) -> None:
+        block = self._costs.blocks[i]
+        if how == "saved":
+            graph = self._graphs.pop(i)
+            for storage in graph.noted:
+                storage.noted -= 1
+            dy, layout = self._pop(self._g, i + 1)
+            effect = block.effect(key_of("backward saved", after=graph.stored_by, x=graph.layout, dy=layout))
+            operands = {**graph.held, "dy": dy}
+            taken = tuple(operands)
+        elif how == "recompute":
+            x, x_layout = self._z[i]
+            dy, layout = self._pop(self._g, i + 1)
+            effect = block.effect(key_of("backward recompute", after=self._first[i], x=x_layout, dy=layout))
+            operands, taken = {"x": x, "dy": dy}, ("dy",)
+        else:
+            y, dy = self._own(self._z, i + 1), self._own(self._g, i + 1)
+            effect = block.effect(key_of(f"backward {how}"))
+            operands, taken = {"y": y, "dy": dy}, ("y", "dy")
+        self._apply(effect, operands)
+        self._name(effect, operands, self._g, i, "dx")
+        if how in ("invert", "invert_layerwise"):
+            self._name(effect, operands, self._z, i, "x")
+        self._let_go(effect, operands, *taken)
+
+    def _offload(self, index: int, place: Place) -> None:
+        storage, layout = self._pop(self._z, index)
+        if place == "host" and self._costs.device == "cpu":
+            copy = self._new(self._sizes[index])
+            copy.holders += 1
+        else:
+            copy = _Storage(self._sizes[index])
+        if place == "host":
+            self._host_bytes += 0 if self._costs.device == "cpu" else copy.nbytes
+            self.host_peak_bytes = max(self.host_peak_bytes, self._host_bytes)
+        self._offloaded[index] = copy, layout if place == "host" else None, place
+        self._drop(storage)
+
+    def _fetch(self, index: int) -> None:
+        storage, layout, place = self._offloaded.pop(index)
+        if storage.holders:  # the host's memory is the device's
+            self._put(self._z, index, storage, layout)
+            self._drop(storage)
+            return
+        if place == "host":
+            self._host_bytes -= storage.nbytes
+        self._put(self._z, index, self._new(storage.nbytes), layout)
+
+    def _own(self, tensors: dict[int, _Tensor], i: int) -> _Storage:
+        """Memory of ``tensors[i]``, taken out: a copy where the executor copies."""
+        storage, layout = self._pop(tensors, i)
+        if layout is None and not (storage.names or storage.noted or storage.foreign):
+            return storage
+        copy = self._new(self._sizes[i])
+        copy.holders += 1
+        self._drop(storage)
+        return copy
+
+    def _apply(self, effect: Effect, operands: _Operands) -> None:
+        """Runs an instruction; its outputs join ``operands``."""
+        level, peak = self.level, self.peak
+        for part in effect.parts:
+            peak = max(peak, level + part.peak_bytes)
+            level += part.net_bytes
+            if part.releases is not None:
+                storage = operands[part.releases]
+                storage.holders -= 1
+                if not storage.holders:
+                    level -= storage.nbytes
+        self.level, self.peak = level, peak
+        for output in effect.outputs:
+            operands[output.name] = _Storage(output.nbytes) if output.inside is None else operands[output.inside]
+        for operand in effect.kept:
+            operands[operand].holders += 1
+
+    def _name(self, effect: Effect, operands: _Operands, tensors: dict[int, _Tensor], i: int, name: Operand) -> None:
+        for output in effect.outputs:
+            if output.name == name:
+                self._put(tensors, i, operands[name], output.layout)
+
+    def _let_go(self, effect: Effect, operands: _Operands, *taken: Operand) -> None:
+        """Drops what the instruction was given and did not let go of itself: it went into an output."""
+        released = {part.releases for part in effect.parts}
+        for name in taken:
+            if name not in released:
+                self._drop(operands[name])
+
+    def _new(self, nbytes: int) -> _Storage:
+        self.level += nbytes
+        self.peak = max(self.peak, self.level)
+        return _Storage(nbytes)
+
+    def _put(self, tensors: dict[int, _Tensor], i: int, storage: _Storage, layout: Layout) -> None:
+        storage.names += 1
+        storage.holders += 1
+        if i in tensors:
+            self._drop(self._pop(tensors, i)[0])
+        tensors[i] = storage, layout
+
+    def _pop(self, tensors: dict[int, _Tensor], i: int) -> _Tensor:
+        storage, layout = tensors.pop(i)
+        storage.names -= 1
+        return storage, layout
+
+    def _drop(self, storage: _Storage) -> None:
+        storage.holders -= 1
+        if not storage.holders:
+            self.level -= storage.nbytes
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    count = 1
+    for extent in shape:
+        count *= extent
+    return count
