@@ -96,7 +96,22 @@ def parity() -> str:
     return "\n".join([*lines, "", provenance(document)])
 
 
-TABLES = {"memory": memory, "time": time, "peers": peers, "parity": parity}
+def prediction() -> str:
+    """How far predictions of a step's memory are off, ours and those of other tools."""
+    document = load("prediction_error_cpu.json")
+    if document is None:
+        return "Not measured yet."
+    names = {"allocator": "edgetrain, allocator peak", "process": "edgetrain, growth of the process"}
+    lines = ["| error in percent | cases | median | worst | lowest | highest |", "|---|---|---|---|---|---|"]
+    for key, found in document["summary_percent"].items():
+        figures = [f"{found[name]:.2f}" for name in ("median_absolute", "worst_absolute")]
+        signed = [f"{found[name]:+.2f}" for name in ("lowest", "highest")]
+        lines.append(f"| {names.get(key, key)} | {found['cases']} | {' | '.join(figures + signed)} |")
+    networks = len({row["network"] for row in document["rows"]})
+    return "\n".join([*lines, "", f"{networks} networks; {provenance(document)}"])
+
+
+TABLES = {"memory": memory, "prediction": prediction, "time": time, "peers": peers, "parity": parity}
 
 
 def render(text: str) -> str:

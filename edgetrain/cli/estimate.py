@@ -52,6 +52,11 @@ def estimate(
     typer.echo(found.table())
     if found.fits is not None:
         typer.echo(f"It {'fits' if found.fits else 'does not fit'}.")
+    from edgetrain.profiles import load_profile
+
+    profile = load_profile(device)
+    if profile.training != "pytorch":
+        typer.echo(f"PyTorch does not train there ({profile.training}): {profile.training_reason}.")
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:

@@ -78,3 +78,8 @@ def test_fresh_process():
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["model"] == "estimate_models:net"
+
+
+def test_a_device_without_pytorch_is_named(capfd: pytest.CaptureFixture[str]):
+    assert run([*OWN, "--device", "nano-4gb"]) == 0
+    assert "PyTorch does not train there (exported-step)" in capfd.readouterr().out
