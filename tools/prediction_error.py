@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -239,9 +240,18 @@ def in_fresh_process(case: Case, kind: str, device: str) -> dict[str, int]:
     return result
 
 
-def row_of(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One line of the table."""
-    measured = in_fresh_process(case, "measured", arguments.device)
+def rows_of(chosen: list[Case], arguments: argparse.Namespace) -> Iterator[tuple[Case, dict[str, Any]]]:
+    """The lines of the table, in order; the next ones are measured while one is predicted."""
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        measuring = [pool.submit(in_fresh_process, case, "measured", arguments.device) for case in chosen]
+        try:
+            for case, measured in zip(chosen, measuring, strict=True):
+                yield case, _row(case, measured.result(), arguments)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _row(case: Case, measured: dict[str, int], arguments: argparse.Namespace) -> dict[str, Any]:
     predicted = predict(case, arguments.device)
     row: dict[str, Any] = {**asdict(case), "measured": measured, "predicted": predicted}
     row["error"] = {key: predicted[key] / measured[key] - 1 for key in measured}
@@ -284,6 +294,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="*", default=[], help="names; all without it")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="cases measured side by side, each in its process")
     parser.add_argument("--no-peers", dest="peers", action="store_false")
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     parser.add_argument("--out", type=Path, help="write the JSON document to this file too")
@@ -296,8 +307,7 @@ def main() -> None:
         return
     stream = sys.stderr if arguments.json else sys.stdout
     rows = []
-    for case in cases(arguments.networks):
-        row = row_of(case, arguments)
+    for case, row in rows_of(list(cases(arguments.networks)), arguments):
         rows.append(row)
         print(_line(case, row), file=stream, flush=True)
     summary = summary_of(rows)

@@ -39,7 +39,7 @@ DeviceKind = Literal["cpu", "cuda"]
 _CONVOLUTION = "aten.convolution.default"
 _CONVOLUTION_BACKWARD = "aten.convolution_backward.default"
 _FEW = 2, 3  # a single sample may go to another kernel
-_PROBE_BYTES, _PROBE_WORK = 2**22, 2**27  # of the larger batch; multiplications
+_PROBE_BYTES, _PROBE_WORK = 2**22, 2**30  # of the larger batch; multiplications
 _FEW_PER_THREAD = 4  # fewer are not spread over all threads, each of which has its scratch
 _CONSTANT_PART = 0.01  # what a copy has besides, such as a bias
 _ONEDNN_SAMPLES = 16  # see convolution_bound.is_pointwise
@@ -273,11 +273,13 @@ def _runs(key: Any, call: Call) -> list[Any]:
 
 
 def _few(call: Call) -> tuple[int, int]:
-    """Samples in the two small batches: enough for all threads, as long as that is quick."""
+    """Samples in the two batches to run: enough for all threads, as long as that is quick."""
     threads = torch.get_num_threads()
     batched = [a for a in call.arguments[:2] if isinstance(a, TensorMeta) and a.shape[:1] == (_batch_size(call),)]
     sample_bytes = max(1, *(a.nbytes // max(a.shape[0], 1) for a in batched))
-    work = _sample_work(call)
+    work, n = _sample_work(call), _batch_size(call)
+    if n * sample_bytes <= 4 * _PROBE_BYTES and n * work <= _PROBE_WORK:
+        return n, n  # the whole batch is quick
     large = min(2 * _FEW_PER_THREAD * threads * (threads > 1), _PROBE_BYTES // sample_bytes, _PROBE_WORK // work)
     return (large // 2, large // 2 * 2) if large > 2 * _FEW[0] else _FEW
 
