@@ -13,7 +13,7 @@ from edgetrain.units import format_mib, parse_size
 
 DEMO_WIDTH = 16
 DEMO_BATCH = 128
-DEMO_BUDGET = "56MiB"
+DEMO_BUDGET = "72MiB"
 
 
 def demo(

@@ -133,6 +133,7 @@ def warm_up(device: str) -> None:
     F.cross_entropy(
         wrap(model, plan)(torch.randn(2, 3, 16, 16, device=device)), torch.zeros(2, dtype=torch.long, device=device)
     ).backward()
+    Recipe().optimizer(model.parameters()).step()  # the first optimiser imports torch's compiler, 50 MB
     torch.set_rng_state(state)
     ready_thread()
 

@@ -113,8 +113,10 @@ def serve() -> None:
     """The helper: reads trials from stdin, forks for each, and writes one byte for each to stdout."""
     answers, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)  # the user's model may print
-    # loads what a plan needs, once for all forks; so few elements that no thread of OpenMP is started
-    uniform_plan(create_model("hybrid18", width=8), "invert_layerwise", input_shape=(3, 16, 16), batch_size=2)
+    # loads what a plan and an optimiser need, once for all forks; so few elements that no thread of OpenMP is started
+    model = create_model("hybrid18", width=8)
+    uniform_plan(model, "invert_layerwise", input_shape=(3, 16, 16), batch_size=2)
+    Recipe().optimizer(model.parameters())
     while length := sys.stdin.buffer.read(8):
         request = sys.stdin.buffer.read(int.from_bytes(length, "little"))
         child = os.fork()
