@@ -4,8 +4,8 @@ The step is traced (:mod:`edgetrain.memory.step`), its allocations are replayed 
 libraries take besides is added from the device's profile, each by its name.
 
 On a CPU the process counts: glibc as edgetrain sets it up under a budget (blocks of 1 MiB and more go back to the
-kernel when they are freed), and memory that libraries take once. Measured with ``tools/prediction_error.py``; without
-that setting a process grows by a quarter and more beyond its allocator.
+kernel when they are freed), and memory that libraries take once. ``tools/prediction_error.py`` compares it with
+measurements; without that setting a process grows more, see :mod:`edgetrain.memory.glibc_heap`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# what a process takes besides its tensors, read off the cases of tools/prediction_error.py
+# what a process takes besides its tensors: fitted to 16 runs of eight networks on two cores of an AMD EPYC
 _PROCESS_BYTES = 8 * MIB
 _KERNEL_BYTES = 200 * KIB  # code that oneDNN generates for a convolution, forward or backward
 _PACKING_BYTES = 20 * MIB  # buffers of the matrix multiplication, taken by the first large one

@@ -8,10 +8,9 @@ torch asks glibc for every tensor on the CPU (``malloc/malloc.c``; mallopt(3)):
   brk. A hole keeps its pages; two that touch become one; the end goes back when more than the trim threshold is free
   there.
 
-Every page of a block is taken for touched. Small objects of Python and of libraries are not in the events; with
-glibc's own threshold, which follows the program up to 32 MiB, they keep the holes of freed tensors from being used
-again, and a process grows by 15 to 60 % beyond its tensors, which nobody can foresee. That is why
-:func:`edgetrain.targets.return_large_blocks` fixes it.
+Every page of a block is taken for touched, and small objects of Python and of libraries are not in the events. glibc's
+own threshold follows the program up to 32 MiB; a simulation of that came out up to a third below what processes took,
+for a reason that was not established. :func:`edgetrain.targets.return_large_blocks` fixes the threshold.
 """
 
 from __future__ import annotations
