@@ -75,17 +75,20 @@ def revnet(
     blocks: Sequence[int] = (2, 2, 2, 2),
     depth: int = 2,
     slope: float = 0.1,
+    exact: bool = False,
 ) -> nn.Sequential:
     """RevNet of the source (Gomez et al. 2017); arguments as :func:`resnet`.
 
     Args:
         depth: convolutions per module.
+        exact: invert without noise, :class:`ReversibleBlock`.
     """
 
     def block(channels: int, pooled: bool) -> nn.Module:
         return ReversibleBlock(
             residual_module(channels // 2, depth=depth, slope=slope),
             residual_module(channels // 2, depth=depth, slope=slope),
+            exact=exact,
         )
 
     return _max_pooled(block, num_classes, in_channels, widths, blocks, pool_slope=None, normalise_stream=True)

@@ -51,6 +51,7 @@ def irevnet(
     pooling: Sequence[str] = ("channel", "channel", "channel"),
     depth: int = 2,
     slope: float = 0.1,
+    exact: bool = False,
 ) -> nn.Sequential:
     """i-RevNet (Jacobsen et al. 2018) with RevNet-like modules: x (n, in_channels, h, w) -> logits (n, num_classes).
 
@@ -60,12 +61,14 @@ def irevnet(
         pooling: "channel" or "batch" between the stages.
         depth: convolutions per module.
         slope: of the leaky ReLU.
+        exact: invert without noise, :class:`ReversibleBlock`.
     """
 
     def block(channels: int) -> nn.Module:
         return ReversibleBlock(
             residual_module(channels // 2, depth=depth, slope=slope),
             residual_module(channels // 2, depth=depth, slope=slope),
+            exact=exact,
         )
 
     return _volume_preserving(block, num_classes, in_channels, width, blocks, pooling, norm=InvertibleBatchNorm)
@@ -108,6 +111,7 @@ def hybrid(
     depth: int = 2,
     slope: float = 0.1,
     eps_i: float = 0.1,
+    exact: bool = False,
 ) -> nn.Sequential:
     """Hybrid network (Hascoet et al. 2023, Figure 8); arguments as :func:`irevnet`.
 
@@ -116,7 +120,7 @@ def hybrid(
         eps_i: of the invertible batch norm, (3.23).
     """
     return _volume_preserving(
-        lambda channels: HybridBlock(channels, depth=depth, slope=slope, eps_i=eps_i),
+        lambda channels: HybridBlock(channels, depth=depth, slope=slope, eps_i=eps_i, exact=exact),
         num_classes,
         in_channels,
         width,

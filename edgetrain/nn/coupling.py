@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from edgetrain.errors import ModelError
 from edgetrain.nn.activation import InvertibleLeakyReLU
 from edgetrain.nn.batchnorm import InvertibleBatchNorm, accumulate
+from edgetrain.nn.grid import Grid
 from edgetrain.nn.invertible import Invertible
 from edgetrain.nn.sequential import InvertibleSequential
 from edgetrain.nn.slices import FINE_SLICE_BYTES, batch_slices
@@ -134,7 +135,9 @@ class CouplingStack(InvertibleSequential):
         super().__init__(**{f"layer{k}": CouplingLayer(channels, slope=slope, eps_i=eps_i) for k in range(depth)})
 
     @torch.no_grad()
-    def backward_as_residual(self, x: Tensor, dy: Tensor, minuend: Tensor, dx: Tensor) -> None:
+    def backward_as_residual(
+        self, x: Tensor, dy: Tensor, minuend: Tensor, dx: Tensor, *, grid: Grid | None = None
+    ) -> None:
         """Walks the layers backward with one buffer of the size of ``x`` (two from three layers on).
 
         Between layers k and k-1 travel ``z``, the normalised values before the activation, and their gradient
@@ -147,16 +150,19 @@ class CouplingStack(InvertibleSequential):
             x: input (n, c, h, w), left alone, as ``dy``, the gradient with respect to the output.
             minuend: the output is subtracted from it in place.
             dx: the gradient with respect to ``x`` is added to it in place.
+            grid: the output is rounded to it. It must then have the bits of the first pass, and a convolution's
+                depend on the size of a slice: all of the output is computed as that pass did.
         """
         layers = [layer for layer in self.layers() if isinstance(layer, CouplingLayer)]
         first, last = layers[0], layers[-1]
         count = x.numel() // x.shape[1]
-        carried = torch.empty_like(x)
+        outputs = None if grid is None else self.forward_(_copy(x), replay=True)
+        carried = torch.empty_like(x) if outputs is None else outputs
         carried_gradient = torch.empty_like(x) if len(layers) > 2 else carried
         sums = _zero_sums(x)
         for s in batch_slices(x, FINE_SLICE_BYTES):
-            y = self.forward_(x[s].clone(), replay=True)
-            minuend[s].sub_(y)
+            y = self.forward_(x[s].clone(), replay=True) if outputs is None else outputs[s].clone()
+            minuend[s].sub_(y if grid is None else grid.round(y))
             z, dz = last.act.backward_from_output(y, dy[s].clone())
             _add_sums(sums, last.norm.gradient_sums(z, dz))
             carried[s] = dz if len(layers) == 1 else z
@@ -189,6 +195,10 @@ def check_halves(channels: int) -> None:
             expected="an even number, because a coupling works on two halves",
             action=f"use {channels + channels % 2 or 2} channels",
         )
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:

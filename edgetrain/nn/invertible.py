@@ -17,16 +17,19 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from edgetrain.nn.grid import Grid
 from edgetrain.nn.replay import Replay, replaying
+from edgetrain.nn.slices import batch_slices
 
 
 class Invertible(nn.Module):
     """Base of every invertible layer.
 
     Attributes:
-        saved: what one forward pass leaves for its inverse and backward (batch statistics, random states),
-            a few numbers per channel. The runtime takes it out and puts it back when several forward passes
-            precede their backward passes.
+        saved: what a first pass leaves for its inverse, its backward and every repetition (batch statistics, random
+            states), a few numbers per channel. A first pass is :meth:`forward_`, or ``forward`` inside
+            :func:`edgetrain.nn.replay.recording`. The runtime takes it out and puts it back when several forward
+            passes precede their backward passes.
     """
 
     saved: object | None = None
@@ -73,14 +76,20 @@ class Invertible(nn.Module):
         return x, dx
 
     @torch.no_grad()
-    def backward_as_residual(self, x: Tensor, dy: Tensor, minuend: Tensor, dx: Tensor) -> None:
+    def backward_as_residual(
+        self, x: Tensor, dy: Tensor, minuend: Tensor, dx: Tensor, *, grid: Grid | None = None
+    ) -> None:
         """Backward of this layer used as ``minuend = rest + self(x)`` with ``x`` known.
 
         Subtracts ``self(x)`` from ``minuend`` and adds the gradient with respect to ``x`` to ``dx``, both in
         place; ``x`` and ``dy`` are left as they are.
+
+        Args:
+            grid: ``self(x)`` is what :meth:`forward_` gives for the whole batch, bit for bit, rounded to it.
         """
-        y = self.forward_(x.clone(), replay=True)
-        minuend.sub_(y)
+        y = self.forward_(x.clone(memory_format=torch.contiguous_format), replay=True)
+        for s in batch_slices(y):
+            minuend[s].sub_(y[s] if grid is None else grid.round(y[s]))
         _, gradient = self.backward_from_output(y, dy.clone())
         dx.add_(gradient)
 

@@ -28,14 +28,14 @@ class InvertiblePool(Invertible):
         y = x.view(self.output_shape(x.shape))
         parts = y.shape[0] // x.shape[0]
         for s in batch_slices(x):
-            y[s.start * parts : s.stop * parts] = self.forward(x[s])
+            y[s.start * parts : s.stop * parts] = _apart(self.forward(x[s]), x)
         return y
 
     def inverse_(self, y: Tensor) -> Tensor:
         x = y.view(self.input_shape(y.shape))
         parts = y.shape[0] // x.shape[0]
         for s in batch_slices(x):
-            x[s] = self.permute_back(y[s.start * parts : s.stop * parts])
+            x[s] = _apart(self.permute_back(y[s.start * parts : s.stop * parts]), y)
         return x
 
     @torch.no_grad()
@@ -108,6 +108,11 @@ class BatchPool(InvertiblePool):
     def input_shape(self, shape: torch.Size) -> tuple[int, int, int, int]:
         n, c, h, w = shape
         return n // 4, c, 2 * h, 2 * w
+
+
+def _apart(part: Tensor, whole: Tensor) -> Tensor:
+    """``part`` in memory of its own: at a single pixel a permutation is a view of what it is about to overwrite."""
+    return part.clone() if part.untyped_storage()._cdata == whole.untyped_storage()._cdata else part
 
 
 def _check_even(height: int, width: int) -> None:

@@ -14,32 +14,56 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from edgetrain.nn.normalisation import Statistics, batch_moments, normalise, update_running
-from edgetrain.nn.sliced import conv2d
+from edgetrain.nn.interception import RecordStatistics, ReuseStatistics
+from edgetrain.nn.normalisation import Statistics
 
-_replaying: ContextVar[bool] = ContextVar("edgetrain_replaying", default=False)
+_Pass = Literal["plain", "first", "again"]
+_pass: ContextVar[_Pass] = ContextVar("edgetrain_pass", default="plain")
+
+
+def is_recording() -> bool:
+    """True during a first pass that will be repeated; layers of this package then save what a repetition needs."""
+    return _pass.get() == "first"
 
 
 def is_replaying() -> bool:
     """True while a module is being run again; layers of this package then reuse what they saved."""
-    return _replaying.get()
+    return _pass.get() == "again"
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[None]:
+    """Makes :func:`is_recording` true inside, without autograd."""
+    with torch.no_grad(), _in_pass("first"):
+        yield
 
 
 @contextlib.contextmanager
 def replaying() -> Iterator[None]:
     """Makes :func:`is_replaying` true inside."""
-    token = _replaying.set(True)
+    with _in_pass("again"):
+        yield
+
+
+@contextlib.contextmanager
+def as_recorded() -> Iterator[None]:
+    """Inside, a module under autograd gives bit for bit what the first pass of a :class:`Replay` gives."""
+    with RecordStatistics([]):
+        yield
+
+
+@contextlib.contextmanager
+def _in_pass(which: _Pass) -> Iterator[None]:
+    token = _pass.set(which)
     try:
         yield
     finally:
-        _replaying.reset(token)
+        _pass.reset(token)
 
 
 class Replay:
@@ -64,7 +88,8 @@ class Replay:
 
     def first(self, run: Callable[[], Tensor]) -> Tensor:
         """The result of ``run``, which calls the module, without autograd; its statistics are recorded."""
-        with torch.no_grad(), _RecordStatistics(self._statistics):
+        # reversible blocks inside need no records of their own: this one covers them
+        with torch.no_grad(), _in_pass("plain"), RecordStatistics(self._statistics):
             return run()
 
     @contextlib.contextmanager
@@ -76,78 +101,12 @@ class Replay:
             owner._buffers[name] = before.clone()
         _set_random_state(self._device, self._random)
         try:
-            with replaying(), _ReuseStatistics(self._statistics):
+            with replaying(), ReuseStatistics(self._statistics):
                 yield
         finally:
             for (owner, name, _), buffer in zip(self._owners, after, strict=True):
                 owner._buffers[name] = buffer
             _set_random_state(self._device, after_random)
-
-
-class _Intercept(TorchFunctionMode):
-    """Sees every torch function that a module calls: batch norm goes by recorded statistics, convolutions by slices."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.conv2d:
-            return conv2d(*args, **kwargs)
-        if func is F.batch_norm:
-            call = _BatchNormCall(*args, **kwargs)
-            if call.reusable:
-                return call.with_statistics(self.statistics_of(call))
-        return func(*args, **kwargs)
-
-    def statistics_of(self, call: _BatchNormCall) -> Statistics:
-        raise NotImplementedError
-
-
-class _RecordStatistics(_Intercept):
-    def __init__(self, recorded: list[Statistics]) -> None:
-        super().__init__()
-        self._recorded = recorded
-
-    def statistics_of(self, call: _BatchNormCall) -> Statistics:
-        mean, var = batch_moments(call.input)
-        # as in torch's own kernel, autograd does not notice: a stored block may use the same batch norm
-        running = [None if values is None else values.data for values in (call.running_mean, call.running_var)]
-        update_running(call.input, mean, var, running[0], running[1], call.momentum)
-        self._recorded.append(Statistics(mean, (var + call.eps).rsqrt_()))
-        return self._recorded[-1]
-
-
-class _ReuseStatistics(_Intercept):
-    def __init__(self, recorded: list[Statistics]) -> None:
-        super().__init__()
-        self._recorded = iter(recorded)
-
-    def statistics_of(self, call: _BatchNormCall) -> Statistics:
-        return next(self._recorded)
-
-
-class _BatchNormCall:
-    """The arguments of one call of ``torch.nn.functional.batch_norm``, by the names it gives them."""
-
-    def __init__(
-        self,
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> None:
-        self.input, self.weight, self.bias = input, weight, bias
-        self.running_mean, self.running_var = running_mean, running_var
-        self.momentum, self.eps = momentum, eps
-        # a single value per channel has no variance: torch's own call says so
-        self.reusable = training and input.numel() > input.shape[1]
-
-    def with_statistics(self, statistics: Statistics) -> Tensor:
-        scale = torch.ones_like(statistics.mean) if self.weight is None else self.weight
-        bias = torch.zeros_like(statistics.mean) if self.bias is None else self.bias
-        return normalise(self.input, scale, bias, statistics)
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

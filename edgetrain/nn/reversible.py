@@ -5,16 +5,37 @@
 f and g are any modules that preserve the shape of a channel half. Where both are invertible themselves this is
 the hybrid block (section 3.4.2 of the source): the block's own inverse gives the input back with little noise,
 and the hidden activations of f and g are inverted layer by layer instead of being held all at once.
+
+Exact blocks give it back without any. With r(.) rounding to the fixed-point grid of :mod:`edgetrain.nn.grid`,
+
+    y1 = r(x1) + r(f(r(x2))),  y2 = r(x2) + r(g(y1))
+
+are sums and differences that no float rounds. What comes in off the grid is rounded on entry, in both directions: the
+first exact block gives back r(x), and noise below half a step that a later layer's inversion has left is gone. f and g
+must be deterministic, and then give the same bits each time because they get the same kernels on the same shapes:
+contiguous inputs and the same slices of the batch (a convolution's bits depend on both). Where f is invertible, its
+value is that of its pass in place, which ``forward`` computes besides the one that autograd sees.
+
+Cost of exactness, CPU time and allocator peak against the same model without (batch 32 of 3x32x32, float32, one thread
+of an AMD EPYC, median of five alternating steps): hybrid18 of width 16 inverted layer by layer 1.04 and 1.00, inverted
+1.21 and 1.06 (the second value pass), kept 1.24 and 0.94; revnet18 of widths 16-80 inverted 1.02 and 1.08 (the
+contiguous inputs), kept 1.08 and 0.91 (its convolutions then run in slices). On a GPU the check of the range waits for
+the device once per block.
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from edgetrain.nn.coupling import CouplingStack, check_halves
+from edgetrain.nn.grid import grid_of, with_value
 from edgetrain.nn.invertible import Invertible, Rerun
-from edgetrain.nn.replay import Replay
+from edgetrain.nn.replay import Replay, as_recorded, is_recording, is_replaying, replaying
+from edgetrain.nn.slices import batch_slices
 
 
 class ReversibleBlock(Invertible):
@@ -23,17 +44,21 @@ class ReversibleBlock(Invertible):
     Args:
         f: module on (n, c/2, h, w) that preserves the shape, as ``g``. Batch norm, dropout and other stateful
             layers in them are handled: a second run repeats the first.
+        exact: keep the streams on a fixed-point grid, so that inverting leaves no noise at all, through any number of
+            exact blocks. float32 or float64.
 
     Attributes:
-        saved: what the modules need to be run again, by name; none for invertible ones, which keep their own.
+        saved: what the modules need to be run again, by name; invertible ones keep their own. None: nothing was
+            recorded, or it is part of the record of a module around this one.
     """
 
     saved: dict[str, Replay] | None
 
-    def __init__(self, f: nn.Module, g: nn.Module) -> None:
+    def __init__(self, f: nn.Module, g: nn.Module, *, exact: bool = False) -> None:
         super().__init__()
         self.f = f
         self.g = g
+        self.exact = exact
         self.saved = None
 
     @property
@@ -43,26 +68,35 @@ class ReversibleBlock(Invertible):
 
     def forward(self, x: Tensor) -> Tensor:
         check_halves(x.shape[1])
+        if not is_replaying():
+            self.saved = {} if is_recording() else None
+        if self.exact:
+            x = grid_of(x.dtype).round(x)
         x1, x2 = x.chunk(2, 1)
-        y1 = x1 + self.f(x2)
-        y2 = x2 + self.g(y1)
-        return torch.cat([y1, y2], 1)
+        y1 = x1 + self._residual("f", x2)
+        y2 = x2 + self._residual("g", y1)
+        y = torch.cat([y1, y2], 1)
+        if is_recording():
+            self._check_range(y)
+        return y
 
     @torch.no_grad()
     def forward_(self, x: Tensor, *, replay: bool = False) -> Tensor:
         check_halves(x.shape[1])
         if not replay:
             self.saved = {}
-        x1, x2 = x.chunk(2, 1)
-        x1.add_(self._run("f", x2, replay=replay))
-        x2.add_(self._run("g", x1, replay=replay))
+        x1, x2 = self.rounded_(x).chunk(2, 1)
+        self._add(x1, self._run("f", x2, replay=replay))
+        self._add(x2, self._run("g", x1, replay=replay))
+        if not replay:
+            self._check_range(x)
         return x
 
     @torch.no_grad()
     def inverse_(self, y: Tensor) -> Tensor:
-        y1, y2 = y.chunk(2, 1)
-        y2.sub_(self._run("g", y1, replay=True))
-        y1.sub_(self._run("f", y2, replay=True))
+        y1, y2 = self.rounded_(y).chunk(2, 1)
+        self._subtract(y2, self._run("g", y1, replay=True))
+        self._subtract(y1, self._run("f", y2, replay=True))
         return y
 
     def backward_from_output(self, y: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,9 +105,13 @@ class ReversibleBlock(Invertible):
     def backward_holding(self, y: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
         return self._backward(y, dy, layerwise=False)
 
+    def rounded_(self, x: Tensor) -> Tensor:
+        """``x``, moved to the grid in its own memory if the block is exact."""
+        return grid_of(x.dtype).round_(x) if self.exact else x
+
     @torch.no_grad()
     def _backward(self, y: Tensor, dy: Tensor, *, layerwise: bool) -> tuple[Tensor, Tensor]:
-        (y1, y2), (d1, d2) = y.chunk(2, 1), dy.chunk(2, 1)
+        (y1, y2), (d1, d2) = self.rounded_(y).chunk(2, 1), dy.chunk(2, 1)
         self._residual_backward("g", x=y1, dy=d2, minuend=y2, dx=d1, layerwise=layerwise)
         self._residual_backward("f", x=y2, dy=d1, minuend=y1, dx=d2, layerwise=layerwise)
         return y, dy
@@ -82,26 +120,81 @@ class ReversibleBlock(Invertible):
         self, name: str, *, x: Tensor, dy: Tensor, minuend: Tensor, dx: Tensor, layerwise: bool
     ) -> None:
         module = self.get_submodule(name)
-        if layerwise and isinstance(module, Invertible):
-            module.backward_as_residual(x, dy, minuend, dx)
+        if isinstance(module, Invertible) and layerwise:
+            module.backward_as_residual(x, dy, minuend, dx, grid=grid_of(x.dtype) if self.exact else None)
             return
+        in_place = isinstance(module, Invertible) and self.exact
+        if in_place:
+            self._subtract(minuend, self._run(name, x, replay=True))
         # the other half of x's memory is written while autograd holds x: .data keeps their versions apart
-        rerun = Rerun(module, x.data, replay=self._records().get(name))
-        minuend.sub_(rerun.take_output())
+        rerun = Rerun(module, self._argument(x.data), replay=self._records().get(name))
+        if not in_place:
+            self._subtract(minuend, rerun.take_output())
         gradient = rerun.backward(dy)
         assert gradient is not None
         dx.add_(gradient)
 
     def _run(self, name: str, x: Tensor, *, replay: bool) -> Tensor:
+        """The residual of a pass in place, not rounded."""
         module = self.get_submodule(name)
         if isinstance(module, Invertible):
             return module.forward_(x.clone(memory_format=torch.contiguous_format), replay=replay)
-        records = self._records()
+        records, x = self._records(), self._argument(x)
         if not replay:
             records[name] = Replay(module, x.device)
             return records[name].first(lambda: module(x))
         with records[name].again():
             return module(x)
+
+    def _residual(self, name: str, x: Tensor) -> Tensor:
+        """The residual of ``forward``."""
+        if self.exact:
+            return grid_of(x.dtype).round(self._unrounded(name, self._argument(x)))
+        module = self.get_submodule(name)
+        if is_recording() and not isinstance(module, Invertible):
+            return self._run(name, x, replay=False)
+        with self._repeating(name):
+            return module(x)
+
+    def _unrounded(self, name: str, x: Tensor) -> Tensor:
+        """The residual of ``forward`` in an exact block, with the bits of :meth:`_run`."""
+        module, replay = self.get_submodule(name), is_replaying()
+        if is_recording():
+            return self._run(name, x, replay=False)
+        if not (torch.is_grad_enabled() or replay) or (replay and self.saved is None):
+            return module(x)  # from such a pass nothing is inverted
+        if not isinstance(module, Invertible):
+            with self._repeating(name) if replay else as_recorded():
+                return module(x)
+        value = module.forward_(x.detach().clone(), replay=replay)
+        with replaying():
+            return with_value(value, module(x)) if torch.is_grad_enabled() else value
+
+    def _repeating(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """A repetition goes by this block's record; where there is none, by that of a module around."""
+        record = (self.saved or {}).get(name)
+        return record.again() if record is not None and is_replaying() else contextlib.nullcontext()
+
+    def _add(self, stream: Tensor, residual: Tensor) -> None:
+        for s in self._slices(stream):
+            stream[s].add_(self._rounded(residual[s]))
+
+    def _subtract(self, stream: Tensor, residual: Tensor) -> None:
+        for s in self._slices(stream):
+            stream[s].sub_(self._rounded(residual[s]))
+
+    def _slices(self, x: Tensor) -> Iterable[slice]:
+        return batch_slices(x) if self.exact else (slice(None),)
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        return grid_of(x.dtype).round(x) if self.exact else x
+
+    def _argument(self, x: Tensor) -> Tensor:
+        return x.contiguous() if self.exact else x
+
+    def _check_range(self, y: Tensor) -> None:
+        if self.exact:
+            grid_of(y.dtype).check_range(y)
 
     def _records(self) -> dict[str, Replay]:
         if self.saved is None:
@@ -117,12 +210,16 @@ class HybridBlock(ReversibleBlock):
         depth: coupling layers per module; the source's networks have 2.
         slope: of the leaky ReLU.
         eps_i: of the batch norm.
+        exact: as for :class:`ReversibleBlock`.
     """
 
-    def __init__(self, channels: int, *, depth: int = 2, slope: float = 0.1, eps_i: float = 0.1) -> None:
+    def __init__(
+        self, channels: int, *, depth: int = 2, slope: float = 0.1, eps_i: float = 0.1, exact: bool = False
+    ) -> None:
         check_halves(channels)
         half = channels // 2
         super().__init__(
             CouplingStack(half, depth=depth, slope=slope, eps_i=eps_i),
             CouplingStack(half, depth=depth, slope=slope, eps_i=eps_i),
+            exact=exact,
         )

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
-from edgetrain.chain import Block, State, restore_state, saved_state
+from edgetrain.chain import Block
 from edgetrain.errors import ModelError
 from edgetrain.nn.invertible import Invertible, Rerun
-from edgetrain.nn.replay import Replay, replaying
 from edgetrain.runtime.offload import Offloaded, offload
 from edgetrain.runtime.program import (
     Backward,
@@ -33,6 +32,7 @@ from edgetrain.runtime.program import (
     Recompute,
     Update,
 )
+from edgetrain.runtime.record import Record
 
 Updater = Callable[[int], None]
 
@@ -87,8 +87,7 @@ class Execution:
         self._z: dict[int, Tensor] = {}
         self._g: dict[int, Tensor] = {}
         self._graphs: dict[int, _Graph] = {}
-        self._replays: dict[int, Replay] = {}
-        self._saved: dict[int, State] = {}
+        self._records: dict[int, Record] = {}
         self._offloaded: dict[int, Offloaded] = {}
         self._foreign: set[int] = set()
         self._input_gradient = False
@@ -156,44 +155,36 @@ class Execution:
         with torch.enable_grad(), _watching(graph.storages) if watched else contextlib.nullcontext():
             if differentiable:
                 x = _Entry.apply(torch.empty(0, requires_grad=True), x, graph.caught)
-            if again:
-                restore_state(self._saved[i])
-                replay = self._replays.get(i)
-                with replaying() if replay is None else replay.again():
-                    y = block.module(x)
-            else:
+            with self._records[i].again() if again else contextlib.nullcontext():
                 y = block.module(x)
-                self._saved[i] = saved_state(block.module)
         graph.edge = get_gradient_edge(y) if y.requires_grad else None
         self._graphs[i] = graph
         self._z[i + 1] = y.detach()
 
     def _forward(self, i: int, *, keep_input: bool) -> None:
         module = self._blocks[i].module
+        record = self._records[i] = Record(module)
         if isinstance(module, Invertible) and not keep_input:
-            self._z[i + 1] = module.forward_(self._own(self._z, i))
-        else:
-            x = self._z[i] if keep_input else self._z.pop(i)
-            self._replays[i], version = Replay(module, x.device), x._version
-            self._z[i + 1] = self._replays[i].first(lambda: module(x))
-            if keep_input and x._version != version:
-                raise ModelError(
-                    found=f"block {self._blocks[i].name or type(module).__name__}, which overwrites its input",
-                    expected="a block that leaves alone what it will be recomputed from",
-                    action='let its first operation work out of place, or give the block the mode "store"',
-                )
-        self._saved[i] = saved_state(module)
+            self._z[i + 1] = record.first_in_place(self._own(self._z, i))
+            return
+        x = self._z[i] if keep_input else self._z.pop(i)
+        version = x._version
+        self._z[i + 1] = record.first(x)
+        if keep_input and x._version != version:
+            raise ModelError(
+                found=f"block {self._blocks[i].name or type(module).__name__}, which overwrites its input",
+                expected="a block that leaves alone what it will be recomputed from",
+                action='let its first operation work out of place, or give the block the mode "store"',
+            )
 
     def _forward_again(self, i: int, *, keep_input: bool) -> None:
         module = self._blocks[i].module
-        restore_state(self._saved[i])
-        if isinstance(module, Invertible) and not keep_input:
-            self._z[i + 1] = module.forward_(self._own(self._z, i), replay=True)
-            return
-        x = self._z[i] if keep_input else self._z.pop(i)
-        replay = self._replays.get(i)
-        with torch.no_grad(), replaying() if replay is None else replay.again():
-            self._z[i + 1] = module(x)
+        with torch.no_grad(), self._records[i].again():
+            if isinstance(module, Invertible) and not keep_input:
+                self._z[i + 1] = module.forward_(self._own(self._z, i), replay=True)
+            else:
+                x = self._z[i] if keep_input else self._z.pop(i)
+                self._z[i + 1] = module(x)
 
     def _backward_saved(self, i: int) -> None:
         graph, dy = self._graphs.pop(i), self._g.pop(i + 1)
@@ -206,13 +197,9 @@ class Execution:
             self._g[i] = torch.zeros_like(graph.like, memory_format=torch.contiguous_format)
 
     def _backward_recompute(self, i: int) -> None:
-        restore_state(self._saved[i])
-        rerun = Rerun(
-            self._blocks[i].module,
-            self._z[i],
-            replay=self._replays.get(i),
-            input_gradient=i > 0 or self._input_gradient,
-        )
+        with self._records[i].again():
+            module, input_gradient = self._blocks[i].module, i > 0 or self._input_gradient
+            rerun = Rerun(module, self._z[i], replay=None, input_gradient=input_gradient)
         gradient = rerun.backward(self._g.pop(i + 1))
         if gradient is not None:
             self._g[i] = gradient
@@ -221,12 +208,12 @@ class Execution:
         module = self._blocks[i].module
         if not isinstance(module, Invertible):
             raise RuntimeError(f"block {self._blocks[i].name} has no inverse")
-        restore_state(self._saved[i])
         y, dy = self._own(self._z, i + 1), self._own(self._g, i + 1)
-        if layerwise:
-            self._z[i], self._g[i] = module.backward_from_output(y, dy)
-        else:
-            self._z[i], self._g[i] = module.backward_holding(y, dy)
+        with self._records[i].again():
+            if layerwise:
+                self._z[i], self._g[i] = module.backward_from_output(y, dy)
+            else:
+                self._z[i], self._g[i] = module.backward_holding(y, dy)
 
     def _own(self, tensors: dict[int, Tensor], i: int) -> Tensor:
         """``tensors[i]``, taken out, contiguous and safe to overwrite: copied if anybody else can see it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from edgetrain.nn import BatchPool, ChannelPool
@@ -25,3 +26,14 @@ def test_batch_pool_order() -> None:
         for i in range(2):
             for j in range(2):
                 assert torch.equal(y[4 * n + 2 * i + j], x[n, :, i::2, j::2])
+
+
+@pytest.mark.parametrize("pool", [ChannelPool(), BatchPool()])
+@pytest.mark.parametrize("size", [(2, 2), (2, 4), (4, 2), (4, 4)])
+def test_in_place_equals_out_of_place_down_to_a_single_pixel(
+    pool: ChannelPool | BatchPool, size: tuple[int, int]
+) -> None:
+    x = torch.randn(3, 2, *size)
+    y = pool.forward_(x.clone())
+    assert torch.equal(y, pool(x))
+    assert torch.equal(pool.inverse_(y.clone()), x)

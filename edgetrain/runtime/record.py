@@ -1,0 +1,51 @@
+"""What the first pass of a block leaves for every later one: recomputing, recomputing under autograd, inverting."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from edgetrain.chain import restore_state, saved_state
+from edgetrain.nn.invertible import Invertible
+from edgetrain.nn.replay import Replay, recording, replaying
+
+
+class Record:
+    """The first pass of ``module`` in one step, and the context in which later ones repeat it.
+
+    Invertible layers leave what they need in their ``saved``, in place or not; any other module is recorded from
+    outside, the invertible layers inside it besides.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._replay: Replay | None = None
+
+    @torch.no_grad()
+    def first(self, x: Tensor) -> Tensor:
+        """The output for ``x``, which is left alone."""
+        if isinstance(self._module, Invertible):
+            with recording():
+                y: Tensor = self._module(x)
+        else:
+            self._replay = Replay(self._module, x.device)
+            y = self._replay.first(lambda: self._module(x))
+        self._state = saved_state(self._module)
+        return y
+
+    def first_in_place(self, x: Tensor) -> Tensor:
+        """The output of an invertible module in the memory of ``x``."""
+        assert isinstance(self._module, Invertible)
+        y = self._module.forward_(x)
+        self._state = saved_state(self._module)
+        return y
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Inside, any pass of the module, forward or inverse, goes by the first one and leaves no trace."""
+        restore_state(self._state)
+        with replaying() if self._replay is None else self._replay.again():
+            yield
