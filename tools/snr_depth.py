@@ -3,7 +3,8 @@
 For networks of 3 to 12 layers at 32 channels, float32 and random weights, the output is inverted down to the
 input and compared with the true input. Layer-wise: coupling layers, inverted one by one. Hybrid: reversible
 blocks of two coupling layers per module, inverted block by block; `hidden` is the worst activation inside a
-module, inverted layer by layer from the module's output.
+module, inverted layer by layer from the module's output. `predicted` is what edgetrain.chain.measure_noise says
+beforehand from a quarter of the batch, each block inverted on its own.
 
     python tools/snr_depth.py --json                       # to stdout
     python tools/snr_depth.py --out docs/results           # snr_depth.json and snr_depth.png
@@ -17,7 +18,9 @@ from typing import Any
 
 import torch
 from environment import publish
+from torch import nn
 
+from edgetrain.chain import measure_noise
 from edgetrain.nn import CouplingLayer, CouplingStack, HybridBlock, Invertible, InvertibleSequential
 from edgetrain.nn.noise import snr
 
@@ -49,6 +52,11 @@ def hidden(block: HybridBlock, x: torch.Tensor) -> float:
     return worst
 
 
+def predicted(layers: list[Invertible], x: torch.Tensor) -> float:
+    """Smallest SNR on the way down, as a planner would know it."""
+    return measure_noise(nn.Sequential(*layers), x[: len(x) // 4]).run_snr(0, len(layers) - 1, way="invert")
+
+
 def measure(seeds: int) -> list[dict[str, Any]]:
     """One row per family, slope, depth and seed."""
     rows = []
@@ -60,9 +68,11 @@ def measure(seeds: int) -> list[dict[str, Any]]:
                 layers: list[Invertible] = [CouplingLayer(32, slope=slope) for _ in range(depth)]
                 rows.append({"family": "layerwise", "slope": slope, "depth": depth, "seed": seed})
                 rows[-1]["snr"] = walk_back(layers, x)[0]
+                rows[-1]["predicted_snr"] = predicted(layers, x)
                 blocks: list[Invertible] = [HybridBlock(32, slope=slope) for _ in range(depth)]
                 rows.append({"family": "hybrid", "slope": slope, "depth": depth, "seed": seed})
                 rows[-1]["snr"] = min(walk_back(blocks, x))
+                rows[-1]["predicted_snr"] = predicted(blocks, x)
                 last = InvertibleSequential(**{f"b{k}": b for k, b in enumerate(blocks[:-1])})
                 assert isinstance(blocks[-1], HybridBlock)
                 rows[-1]["hidden_snr"] = hidden(blocks[-1], last.forward_(x.clone()))
@@ -111,17 +121,17 @@ def main() -> None:
         draw(rows, arguments.out / "snr_depth.png")
     if arguments.json:
         return
-    print(f"{'family':<10} {'slope':>6} " + " ".join(f"{depth:>8}" for depth in DEPTHS) + "   printed at 3 and 12")
+    print(f"{'family':<10} {'slope':>6} {'':<9} " + " ".join(f"{d:>7}" for d in DEPTHS) + "   printed at 3 and 12")
     for family in ("layerwise", "hybrid"):
         for slope in SLOPES:
-            cells = []
-            for depth in DEPTHS:
-                ratios = sorted(
-                    r["snr"] for r in rows if (r["family"], r["slope"], r["depth"]) == (family, slope, depth)
-                )
-                cells.append(f"{ratios[len(ratios) // 2]:>8.1e}")
             printed = "{:.0e}, {:.0e}".format(*PRINTED[slope]) if family == "layerwise" else "1.2e9 - 1.3e9"
-            print(f"{family:<10} {slope:>6} " + " ".join(cells) + f"   {printed}")
+            for what, key, end in (("measured", "snr", printed), ("predicted", "predicted_snr", "")):
+                cells = []
+                for depth in DEPTHS:
+                    of_depth = (r for r in rows if (r["family"], r["slope"], r["depth"]) == (family, slope, depth))
+                    ratios = sorted(r[key] for r in of_depth)
+                    cells.append(f"{ratios[len(ratios) // 2]:>7.0e}")
+                print(f"{family:<10} {slope:>6} {what:<9} " + " ".join(cells) + f"   {end}".rstrip())
 
 
 if __name__ == "__main__":

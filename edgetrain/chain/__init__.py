@@ -1,5 +1,20 @@
-"""Models as chains of blocks."""
+"""Models as chains of blocks, and the noise of inverting them."""
 
 from edgetrain.chain.chain import MODES, Block, Chain, Mode, State, chain_of, restore_state, saved_state
+from edgetrain.chain.measure_noise import measure_noise
+from edgetrain.chain.noise import BlockNoise, Noise, Way
 
-__all__ = ["MODES", "Block", "Chain", "Mode", "State", "chain_of", "restore_state", "saved_state"]
+__all__ = [
+    "MODES",
+    "Block",
+    "BlockNoise",
+    "Chain",
+    "Mode",
+    "Noise",
+    "State",
+    "Way",
+    "chain_of",
+    "measure_noise",
+    "restore_state",
+    "saved_state",
+]

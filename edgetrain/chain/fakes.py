@@ -20,19 +20,13 @@ from torch import Tensor
 from torch._decomp import decomposition_table, decompositions, meta_table
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from edgetrain.chain.fake_rules import in_given_memory, rule_for
+from edgetrain.chain.layer_rules import Form, convolution_forms, form_of
+
 aten = torch.ops.aten
 
 _CPU, _META = torch.device("cpu"), torch.device("meta")
-_FULL = torch.float32, torch.float64
-_Meta = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
-
-# operators on floats of one kind whose result is as their first argument; torch's own description of them is slow
-_ALIKE = (
-    *("relu", "leaky_relu", "elu", "gelu", "silu", "mish", "hardswish", "hardtanh", "hardsigmoid", "sigmoid", "tanh"),
-    *("leaky_relu_backward", "elu_backward", "gelu_backward", "silu_backward", "mish_backward", "hardswish_backward"),
-    *("hardtanh_backward", "hardsigmoid_backward", "sigmoid_backward", "tanh_backward", "threshold_backward"),
-    *("add", "sub", "mul", "maximum", "minimum"),
-)
+_CONVOLUTIONS = aten.convolution.default, aten.convolution_backward.default
 
 
 class NeedsDataError(RuntimeError):
@@ -88,7 +82,7 @@ def fake_mode() -> TorchDispatchMode:
 
 def fake_like(tensor: Tensor, dtype: torch.dtype | None = None) -> FakeTensor:
     """A fake tensor of the shape and strides of ``tensor``, of its type or of ``dtype``."""
-    return _new(tuple(tensor.shape), tensor.stride(), dtype or tensor.dtype)
+    return _new((tensor.shape, tensor.stride(), dtype or tensor.dtype))
 
 
 def spare_the_compiler(function: Callable[..., object]) -> None:
@@ -101,6 +95,28 @@ def spare_the_compiler(function: Callable[..., object]) -> None:
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func is torch.ops.prim.device.default:
         return _META if _kernel.running else _CPU
+    if not _gives_new_memory(func):
+        return _result(func, args, kwargs)
+    fakes: list[Tensor] = []
+    key: Any = func, _described(args, fakes), _described(tuple(kwargs.items()), fakes)
+    if not fakes:
+        return _result(func, args, kwargs)
+    if func in _CONVOLUTIONS:
+        key = *key, torch.get_num_threads(), torch.backends.mkldnn.enabled
+    known = _remembered.get(key)
+    if known is not None:
+        return _made(known)
+    result = _result(func, args, kwargs)
+    if _is_new(result, fakes):
+        _remembered[key] = _forms(result)
+    return result
+
+
+_remembered: dict[Any, Any] = {}
+"""The forms that operators give, by operator and forms of the arguments: to ask torch may take a millisecond."""
+
+
+def _result(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func is aten.copy_.default and isinstance(args[0], FakeTensor):
         return args[0]
     if func._opname.startswith("_fused_") and func._schema.is_mutable:
@@ -113,53 +129,66 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
     if tensors and known and "device" not in kwargs and all(tensor.numel() <= 1 for tensor in tensors):
         return func(*args, **kwargs)  # a number of the program
-    if "device" in kwargs or (not tensors and _takes_a_device(func)):
+    if func is aten._to_copy.default:
+        func = aten.empty_like.default
+        kwargs = {"device": _META, **{k: v for k, v in kwargs.items() if k not in ("device", "non_blocking")}}
+    elif "device" in kwargs or (not tensors and _takes_a_device(func)):
         kwargs = {**kwargs, "device": _META}
     args, kwargs = _changed((args, kwargs), lambda t: t if isinstance(t, FakeTensor) else fake_like(t))
-    if func is aten._to_copy.default:
-        func, kwargs = aten.empty_like.default, {k: v for k, v in kwargs.items() if k != "non_blocking"}
-        kwargs["device"] = _META
-    if func is aten.native_batch_norm.default and args[0].dtype in _FULL and _is_dense(args[0]):
-        return _batch_norm(*args)
-    if _is_as_its_first(func, args):
-        return args[0] if func._schema.is_mutable else fake_like(args[0])
+    if (given := in_given_memory(func, args, kwargs)) is not None:
+        return given
+    if (forms := rule_for(func, args, kwargs)) is not None:
+        return _made(forms)
     if _is_composite(func):
         with fake_mode():
             return func.decompose(*args, **kwargs)
     if _is_decomposed(func):
-        return _decomposed(func, args, kwargs)
+        with fake_mode():
+            return decomposition_table[func](*args, **kwargs)
     layout = _convolution_layout(func, args)
+    if layout is not None and (forms := convolution_forms(func, args, layout)) is not None:
+        return _made(forms)
     with _in_kernel():
         result = func(*args, **kwargs)
         if layout is not None:
             result = _changed(result, lambda t: t.contiguous(memory_format=layout) if t.dim() == 4 else t)
-    return _changed(result, lambda t: t if isinstance(t, FakeTensor) else FakeTensor(t))
+        return _changed(result, lambda t: t if isinstance(t, FakeTensor) else FakeTensor(t))
 
 
-def _batch_norm(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    channels = x.shape[1] if arguments[4] else 0  # frozen statistics are not saved
-    return fake_like(x), _new((channels,), (1,), x.dtype), _new((channels,), (1,), x.dtype)
-
-
-def _is_as_its_first(func: Any, args: Any) -> bool:
-    if torch.Tag.pointwise not in func.tags:
+def _is_new(result: Any, arguments: list[Tensor]) -> bool:
+    """Whether each tensor of ``result`` fills memory of its own."""
+    tensors = [result] if isinstance(result, Tensor) else result if isinstance(result, (tuple, list)) else []
+    if not tensors or not all(isinstance(tensor, FakeTensor | None) for tensor in tensors):
         return False
-    if func._schema.is_mutable:
-        return bool(func._opname.endswith("_"))
-    if func._opname not in _ALIKE or not isinstance(args[0], Tensor) or not args[0].is_floating_point():
-        return False
-    kinds = {(a.dtype, a.shape, a.stride()) for a in args if isinstance(a, Tensor)}
-    return len(kinds) == 1 and _is_dense(args[0])
+    owned = [tensor for tensor in tensors if tensor is not None]
+    owners = {tensor.untyped_storage()._cdata for tensor in [*owned, *arguments]}
+    filled = all(t.untyped_storage().nbytes() == _new(form_of(t)).untyped_storage().nbytes() for t in owned)
+    return filled and len(owners) == len(owned) + len({t.untyped_storage()._cdata for t in arguments})
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether its elements fill a piece of memory, in whatever order."""
-    filled = 1
-    for stride, extent in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if extent != 1 and stride != filled:
-            return False
-        filled *= extent
-    return True
+def _forms(result: Any) -> Any:
+    """The form of a tensor, or of each of several."""
+    if isinstance(result, Tensor):
+        return form_of(result)
+    return [None if tensor is None else form_of(tensor) for tensor in result]
+
+
+def _made(forms: Any) -> Any:
+    """The reverse of :func:`_forms`."""
+    if isinstance(forms, list):
+        return tuple(None if form is None else _new(form) for form in forms)
+    return _new(forms)
+
+
+@functools.cache
+def _gives_new_memory(func: Any) -> bool:
+    """Whether ``func`` says that it neither changes its arguments nor gives views of them."""
+    schema = func._schema
+    return (
+        bool(schema.returns)
+        and not any(one.alias_info for one in (*schema.arguments, *schema.returns))
+        and not _is_composite(func)
+    )
 
 
 @functools.cache
@@ -177,23 +206,9 @@ def _is_decomposed(func: Any) -> bool:
     """Whether torch describes ``func`` by other operators rather than by a meta kernel."""
     if func in meta_table or func not in decomposition_table:
         return False
+    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeExplicitAutograd"):
+        return False  # it runs on the meta device as on any: slices and other views
     return inspect.unwrap(decomposition_table[func]).__module__ == decompositions.__name__
-
-
-_fresh: dict[Any, list[_Meta | None]] = {}
-
-
-def _decomposed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """The result of the decomposition; one that shares no memory with the arguments is remembered."""
-    key = func, _described((args, tuple(kwargs.items())))
-    if key in _fresh:
-        return tuple(None if meta is None else _new(*meta) for meta in _fresh[key])
-    with fake_mode():
-        result = decomposition_table[func](*args, **kwargs)
-    theirs = {tensor.untyped_storage()._cdata for tensor in _tensors_in((args, kwargs))}
-    if isinstance(result, tuple) and all(t is None or t.untyped_storage()._cdata not in theirs for t in result):
-        _fresh[key] = [None if t is None else (tuple(t.shape), t.stride(), t.dtype) for t in result]
-    return result
 
 
 def _convolution_layout(func: Any, args: Any) -> torch.memory_format | None:
@@ -208,8 +223,9 @@ def _convolution_layout(func: Any, args: Any) -> torch.memory_format | None:
         return None
     if weight.dim() != 4:
         return None
-    backend = torch._C._select_conv_backend(x, weight, bias, *geometry, *more)
-    layout: torch.memory_format = torch._C._conv_determine_backend_memory_format(x, weight, backend)
+    with fake_mode():  # without one, torch asks whether a tensor is distributed, and imports all of that
+        backend = torch._C._select_conv_backend(x, weight, bias, *geometry, *more)
+        layout: torch.memory_format = torch._C._conv_determine_backend_memory_format(x, weight, backend)
     return layout
 
 
@@ -233,7 +249,8 @@ def _in_kernel() -> Iterator[None]:
             _kernel.running = before
 
 
-def _new(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> FakeTensor:
+def _new(form: Form) -> FakeTensor:
+    shape, strides, dtype = form
     with torch._C._DisableTorchDispatch():
         return FakeTensor(torch.empty_strided(shape, strides, dtype=dtype, device=_META))
 
@@ -261,9 +278,12 @@ def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def _described(value: Any) -> Any:
+def _described(value: Any, fakes: list[Tensor]) -> Any:
+    """Equal for values that no operator tells apart by the form of what it gives; notes fake tensors in ``fakes``."""
     if isinstance(value, Tensor):
-        return tuple(value.shape), value.stride(), value.dtype
+        if isinstance(value, FakeTensor):
+            fakes.append(value)
+        return form_of(value)
     if isinstance(value, (tuple, list)):
-        return tuple(_described(item) for item in value)
-    return value
+        return tuple([_described(item, fakes) for item in value])
+    return type(value), value  # 1, 1.0 and True are equal
