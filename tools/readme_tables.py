@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "memory.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "memory.md", ROOT / "docs" / "time.md")
 
 
 def load(name: str) -> dict[str, Any] | None:
@@ -111,7 +111,24 @@ def prediction() -> str:
     return "\n".join([*lines, "", f"{networks} networks; {provenance(document)}"])
 
 
-TABLES = {"memory": memory, "prediction": prediction, "time": time, "peers": peers, "parity": parity}
+def steps() -> str:
+    """How far sums of block times are off the whole step."""
+    document = load("step_prediction_cpu.json")
+    if document is None:
+        return "Not measured yet."
+    lines = [
+        "| network | batch, pixels | mode | step, ms | measured / step | predicted / step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in document["rows"]:
+        lines.append(
+            f"| {row['network']} | {row['batch']}, {row['side']}x{row['side']} | `{row['mode']}` | "
+            f"{row['whole_s'] * 1e3:.0f} | {row['measured_ratio']:.2f} | {row['predicted_ratio']:.2f} |"
+        )
+    return "\n".join([*lines, "", provenance(document)])
+
+
+TABLES = {"memory": memory, "prediction": prediction, "time": time, "steps": steps, "peers": peers, "parity": parity}
 
 
 def render(text: str) -> str:

@@ -82,9 +82,6 @@ def _estimate(
 ) -> Estimate:
     from edgetrain.cli.model_argument import model_maker
     from edgetrain.memory.estimate import estimate, estimate_measured
-    from edgetrain.targets import return_large_blocks
-
-    return_large_blocks()  # what small convolutions take while they are looked at goes back at once
 
     make = model_maker(model, num_classes=num_classes or None, in_channels=shape[0])
     chosen = None if optimizer == "none" else optimizer

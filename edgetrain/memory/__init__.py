@@ -21,9 +21,13 @@ from edgetrain.memory.cuda_allocator import (
 )
 from edgetrain.memory.estimate import Estimate, Line, estimate, estimate_measured, max_batch
 from edgetrain.memory.measure import Measurement, measure_peak, measure_process_growth
+from edgetrain.memory.measured_times import measured_times
+from edgetrain.memory.predicted_times import predicted_times
+from edgetrain.memory.rates import OperatorRates, rates_of
 from edgetrain.memory.simulate import Moment, Simulation, simulate
 from edgetrain.memory.step import OPTIMIZERS, classification_loss, trace_step
 from edgetrain.memory.timeline import Timeline, timeline
+from edgetrain.memory.times import BlockTimes, Times, program_seconds
 from edgetrain.memory.trace import StepTrace
 
 __all__ = [
@@ -33,6 +37,7 @@ __all__ = [
     "AllocatorReport",
     "AllocatorSettings",
     "BlockCosts",
+    "BlockTimes",
     "CachingAllocator",
     "Costs",
     "Estimate",
@@ -40,11 +45,13 @@ __all__ = [
     "Measurement",
     "MemoryEvent",
     "Moment",
+    "OperatorRates",
     "Release",
     "SimulatedOutOfMemoryError",
     "Simulation",
     "StepTrace",
     "Timeline",
+    "Times",
     "TraceReport",
     "classification_loss",
     "estimate",
@@ -54,6 +61,10 @@ __all__ = [
     "measure_costs",
     "measure_peak",
     "measure_process_growth",
+    "measured_times",
+    "predicted_times",
+    "program_seconds",
+    "rates_of",
     "replay",
     "replay_snapshot",
     "resnet_bytes_per_pixel",

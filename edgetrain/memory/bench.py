@@ -15,7 +15,8 @@ from torch import Tensor
 from edgetrain.chain import Block
 from edgetrain.memory.cuda_allocator import MemoryEvent, Release
 from edgetrain.memory.effects import Effect, Key, Layout, Operand, Output, Part
-from edgetrain.memory.trace import Recorder
+from edgetrain.memory.trace import Call, Recorder
+from edgetrain.memory.work import work_of
 from edgetrain.runtime.executor import Execution, Updater
 from edgetrain.runtime.program import Backward, Forward, Head, Program, Recompute, Update
 
@@ -139,10 +140,12 @@ class History:
     Args:
         events: with the number of the call in which each happens, in order.
         observations: all that were made in it.
+        calls: the operators of the trace.
     """
 
     events: list[tuple[int, MemoryEvent]]
     observations: list[Observation]
+    calls: Sequence[Call]
     _first: dict[int, int] = field(default_factory=dict)
     _sizes: dict[int, int] = field(default_factory=dict)
     _released: dict[int, int] = field(default_factory=dict)
@@ -162,7 +165,7 @@ class History:
         return max(part.peak_bytes for part in self._parts(start, end, {}))
 
     def effect(self, seen: Observation) -> Effect:
-        """What ``seen`` did to memory."""
+        """What ``seen`` did."""
         operands: dict[int, Operand] = {}
         for name, number in seen.operands.items():
             operands.setdefault(number, name)
@@ -174,7 +177,8 @@ class History:
         kept = [name for number, name in names.items() if self._released.get(number, seen.probed + 1) > seen.probed]
         parts = self._parts(seen.start, seen.end, operands)
         noted = {names[number] for name, number in _numbers(seen) if name in seen.noted}
-        return Effect(tuple(parts), tuple(outputs), tuple(kept), tuple(sorted(noted)))
+        work = work_of(self.calls[seen.start : seen.end])
+        return Effect(tuple(parts), tuple(outputs), tuple(kept), tuple(sorted(noted)), work)
 
     def _parts(self, start: int, end: int, operands: dict[int, Operand]) -> list[Part]:
         parts: list[Part] = []

@@ -34,6 +34,7 @@ from edgetrain.memory.survey import Survey, observe_update
 from edgetrain.memory.timeline import numbered_events
 from edgetrain.memory.trace import Kind, Recorder
 from edgetrain.nn.invertible import Invertible
+from edgetrain.nn.slices import abridged_slices
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def measure_costs(
     mode = fake_mode()
     recorder = Recorder()
     fake = fake_model(model, mode, dtype)
-    with torch.random.fork_rng(devices=[]), mode, recorder.naming(fake):
+    with torch.random.fork_rng(devices=[]), mode, abridged_slices(), recorder.naming(fake):
         try:
             stepper = None if factory is None else factory([p for p in fake.parameters() if p.requires_grad])
             if stepper is not None:
@@ -159,7 +160,7 @@ def measure_costs(
             raise explained(error, recorder, fake) from error
     trace = recorder.finish()
     events = list(numbered_events(trace, InnerAllocations(trace.calls, device, measured=measured)))
-    history = History(events, survey.observations())
+    history = History(events, survey.observations(), trace.calls)
     resident = Counter[Kind]()
     for number in trace.resident:
         resident[trace.blocks[number].kind] += trace.blocks[number].nbytes

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from edgetrain.memory.work import Work
 from edgetrain.runtime.program import Keep
 
 Operand = Literal["x", "y", "dy", "dx"]
@@ -22,7 +23,7 @@ Key = tuple[str, Layout, Layout]
 """An instruction as a block sees it, with the layouts of z[i] and g[i+1] where they matter.
 
 - ``forward all``, ``forward input``, ``forward nothing``
-- ``recompute all after input``: the first pass decides what there is to replay
+- ``recompute all after input``: after any first pass that leaves a record, one that keeps nothing included
 - ``backward saved after forward all``, ``backward saved after recompute all after input``
 - ``backward recompute after input``, ``backward invert``, ``backward invert_layerwise``
 - ``update``
@@ -34,9 +35,9 @@ def key_of(name: str, *, after: str = "", x: Layout = None, dy: Layout = None) -
     return f"{name} after {after}" if after else name, x, dy
 
 
-def first_pass(keep: Keep, *, in_place: bool) -> str:
-    """What a forward pass leaves for later ones, by name; that of an invertible block in place is its own."""
-    return "nothing" if in_place else "all" if keep == "all" else "input"
+def first_pass(keep: Keep) -> str:
+    """What a first pass leaves for later ones, by name: one that keeps all leaves no record, the others the same."""
+    return "all" if keep == "all" else "input"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +72,19 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """What one instruction does to memory.
+    """What one instruction does to memory, and what it computes.
 
     Attributes:
         kept: operands and outputs that the block goes on holding: what autograd saved, mostly.
         noted: those that the executor knows to be saved, and will not overwrite.
+        work: of its operators, from which its seconds follow.
     """
 
     parts: tuple[Part, ...]
     outputs: tuple[Output, ...]
     kept: tuple[Operand, ...]
     noted: tuple[Operand, ...]
+    work: tuple[Work, ...] = ()
 
     @property
     def peak_bytes(self) -> int:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch._C._profiler import _EventType
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.autograd.profiler import profile, record_function
 
 from edgetrain.targets import select_target
 
@@ -60,9 +60,9 @@ def measure_peak(
     gc.collect()
     if torch.device(device).type == "cuda":
         return _measure_cuda(fn, device, setup)
-    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    profiler = _profiler()
     with _muted():
-        profiler.start()
+        profiler.__enter__()
     try:
         if setup is not None:
             setup()
@@ -72,10 +72,9 @@ def measure_peak(
         seconds = time.perf_counter() - began
     finally:
         with _muted():
-            profiler.stop()
+            profiler.__exit__(None, None, None)
     del result
-    results = profiler.profiler
-    recorded = None if results is None else results.kineto_results
+    recorded = profiler.kineto_results
     assert recorded is not None  # the profiler was stopped
     sizes = _sizes(recorded.experimental_event_tree())
     allocated = peak = 0
@@ -109,9 +108,9 @@ def record_allocations(
     Bytes are above zero for an allocation and below for the free of a block that the same call allocated; the result
     of a call outlives it. Arguments are asked for one by one and dropped after their call.
     """
-    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    profiler = _profiler()
     with _muted():
-        profiler.start()
+        profiler.__enter__()
     try:
         for these in arguments:
             with record_function(_RANGE):
@@ -119,9 +118,8 @@ def record_allocations(
             del result, these
     finally:
         with _muted():
-            profiler.stop()
-    kineto = profiler.profiler
-    recorded = None if kineto is None else kineto.kineto_results
+            profiler.__exit__(None, None, None)
+    recorded = profiler.kineto_results
     assert recorded is not None  # the profiler was stopped
     events, ranges = _memory_events(recorded.experimental_event_tree())
     histories = []
@@ -159,6 +157,11 @@ def _measure_cuda(
     after_bytes = torch.cuda.memory_allocated(device)
     del result
     return Measurement(peak_bytes - before_bytes, after_bytes - before_bytes, seconds)
+
+
+def _profiler() -> profile:
+    """That of torch.profiler without what is around it, which imports torch's compiler, a second, when it starts."""
+    return profile(use_kineto=True, profile_memory=True)
 
 
 @contextlib.contextmanager

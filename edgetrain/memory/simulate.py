@@ -196,7 +196,7 @@ class _Simulator:
             key = key_of(f"recompute {keep}", after=self._first[i], x=layout)
         else:
             key = key_of(f"forward {keep}", x=layout)
-            self._first[i] = first_pass(keep, in_place=in_place)
+            self._first[i] = first_pass(keep)
         effect = block.effect(key)
         operands: _Operands = {"x": x}
         self._apply(effect, operands)

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from edgetrain.chain.fakes import NeedsDataError, fake_like, fake_mode, spare_the_compiler
 from edgetrain.errors import EdgetrainError, ModelError, UsageError, near_matches
 from edgetrain.memory.trace import Recorder, StepTrace
+from edgetrain.nn.slices import abridged_slices
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 Loss = Callable[[Any], Tensor]
@@ -99,7 +100,7 @@ def trace_step(
     recorder = Recorder()
     fake = fake_model(model, mode, dtype)
     net = fake if wrap is None else wrap(fake)
-    with torch.random.fork_rng(devices=[]), mode:
+    with torch.random.fork_rng(devices=[]), mode, abridged_slices():
         x = torch.empty(batch_size, *input_shape, dtype=dtype)
         owned = list(fake.parameters())
         stepper = None if make_optimizer is None else make_optimizer([p for p in owned if p.requires_grad])

@@ -7,8 +7,6 @@ that come in another layout than row by row make an operator copy, so each layou
 from __future__ import annotations
 
 import functools
-import io
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from edgetrain.chain import Block, Chain, restore_state, saved_state
 from edgetrain.memory.bench import Bench, Form, Given, History, Observation, layout_of
 from edgetrain.memory.effects import Effect, Key, Layout, Operand, first_pass, key_of
+from edgetrain.memory.fingerprint import fingerprint
 from edgetrain.memory.step import Loss, OptimizerFactory, create_state, update_parameters
 from edgetrain.memory.trace import Recorder
 from edgetrain.nn.invertible import Invertible
@@ -51,7 +50,7 @@ class Survey:
         self.blocks, self._recorder, self._optimizer = chain.blocks, recorder, optimizer
         self.forms = [batch]
         self._initial = [saved_state(block.module) for block in self.blocks]
-        self._prints = [_fingerprint(block.module, i) for i, block in enumerate(self.blocks)]
+        self._prints = [fingerprint(block.module, i) for i, block in enumerate(self.blocks)]
         users = [(p, i) for i, block in enumerate(self.blocks) for p in block.module.parameters()]
         self._first, self._last = dict(reversed(users)), dict(users)
         self._kinds: dict[Any, _Kind] = {}
@@ -121,7 +120,7 @@ class Survey:
                 in_place = step.keep == "nothing" and isinstance(block.module, Invertible)
                 given = replace(x, layout=None) if in_place else x
                 if isinstance(step, Forward):
-                    first = first_pass(step.keep, in_place=in_place)
+                    first = first_pass(step.keep)
                     key = key_of(f"forward {step.keep}", x=given.layout)
                 else:
                     key = key_of(f"recompute {step.keep}", after=first, x=given.layout)
@@ -171,29 +170,25 @@ class Survey:
         if stepper is not None:
             with self._recorder.in_phase("optimizer", scalars=True):
                 update_parameters(stepper)
-            stepper.zero_grad(set_to_none=True)
+            for parameter in self.blocks[block].module.parameters():
+                if self._first[parameter] == block:
+                    parameter.grad = None  # zero_grad() does so too, and imports torch's compiler
 
 
 _Step = Forward | Recompute | Backward | Update
 
 
 def _sequences(block: Block, i: int) -> list[list[_Step]]:
-    """What can follow each other on one block: from a stored pass, a dropped one, and one from a kept input."""
+    """What can follow each other on one block: a stored pass, a dropped one, and one that all others may follow."""
     from_input: list[_Step] = [Backward(i, "recompute"), Recompute(i, i, "input")]
     dropping: list[_Step] = [Recompute(i, i, "nothing")]
     storing: list[_Step] = [Recompute(i, i, "all"), Backward(i, "saved")]
     inverting: list[_Step] = [Backward(i, how) for how in ("invert", "invert_layerwise") if block.allows(how)]
-    sequences: list[list[_Step]] = [[Forward(i, "all"), Backward(i, "saved"), Update(i)]]
-    if isinstance(block.module, Invertible):
-        # it runs in the memory of its input, and leaves other things behind than a pass from a kept input
-        sequences.append([Forward(i, "nothing"), *from_input, *dropping, *storing, *inverting])
-        sequences.append([Forward(i, "input"), *from_input, *storing])
-    elif block.allows("recompute"):
-        sequences.append([Forward(i, "nothing")])
-        sequences.append([Forward(i, "input"), *from_input, *dropping, *storing])
-    else:
-        sequences.append([Forward(i, "nothing")])
-    return sequences
+    stored: list[_Step] = [Forward(i, "all"), Backward(i, "saved"), Update(i)]
+    if not block.allows("recompute"):
+        return [stored, [Forward(i, "nothing"), *inverting]]
+    recorded: list[_Step] = [Forward(i, "input"), *from_input, *dropping, *storing, *inverting]
+    return [stored, [Forward(i, "nothing")], recorded]
 
 
 def _outputs(kind: _Kind, name: Operand) -> tuple[Form, set[Layout]]:
@@ -247,22 +242,3 @@ def observe_update(model: nn.Module, stepper: torch.optim.Optimizer | None, reco
         with recorder.in_phase("optimizer", scalars=True):
             update_parameters(stepper)
     return start, recorder.mark()
-
-
-def _fingerprint(module: nn.Module, i: int) -> Any:
-    """Equal for modules that differ in nothing but the values of their tensors; ``i`` where nobody can tell."""
-    numbers: dict[int, int] = {}
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return None
-            number = numbers.setdefault(id(value), len(numbers))
-            return number, tuple(value.shape), tuple(value.stride()), str(value.dtype), value.requires_grad
-
-    written = io.BytesIO()
-    try:
-        Pickler(written).dump(module)
-    except Exception:  # whatever a module may hold: a lambda, a lock, an open file
-        return i
-    return written.getvalue()

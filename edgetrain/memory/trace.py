@@ -26,6 +26,8 @@ from torch.nn.modules.module import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from edgetrain.nn.slices import slice_weight
+
 Phase = Literal["setup", "forward", "backward", "optimizer"]
 Kind = Literal["weights", "gradients", "optimizer", "batch", "activations", "temporaries"]
 KINDS: tuple[Kind, ...] = ("weights", "gradients", "optimizer", "batch", "activations", "temporaries")
@@ -100,6 +102,8 @@ class Call:
         freed: blocks that went before it ran.
         made: blocks that it left.
         module: path of the module, that of the forward operator for a backward one.
+        written: tensors that it computed, new ones and arguments that it changed; a view has none.
+        weight: how many times it runs where it is traced once (:func:`edgetrain.nn.slices.slice_weight`).
     """
 
     operator: str
@@ -108,6 +112,8 @@ class Call:
     made: tuple[int, ...]
     module: str
     phase: Phase
+    written: tuple[TensorMeta, ...] = ()
+    weight: int = 1
 
 
 @dataclass
@@ -239,6 +245,8 @@ class Recorder(TorchDispatchMode):
         return "" if node is None else self._by_sequence.get(node._sequence_nr(), "")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return func(*args)  # a question, not an operator of the step; autograd asks at every turn
         if self._scalars and func is torch.ops.aten._local_scalar_dense.default:
             return 1.0 if args[0].is_floating_point() else 1
         kwargs = kwargs or {}
@@ -251,7 +259,10 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         made: list[int] = []
         _for_each_tensor(result, lambda tensor: self._note(tensor, module, made))
-        self.trace.calls.append(Call(str(func), arguments, freed, tuple(made), module, self.phase))
+        written = _written(func, args, kwargs, result) if not func.is_view and (made or func._schema.is_mutable) else ()
+        self.trace.calls.append(
+            Call(str(func), arguments, freed, tuple(made), module, self.phase, written, slice_weight())
+        )
         return result
 
     def _note(self, tensor: Tensor, module: str, made: list[int]) -> None:
@@ -292,3 +303,16 @@ def _metas(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return tuple(_metas(item) for item in value)
     return value
+
+
+def _written(func: Any, args: Any, kwargs: Any, result: Any) -> tuple[TensorMeta, ...]:
+    """What ``func`` returns; what it changes where it returns nothing."""
+    found: list[TensorMeta] = []
+    if func._schema.returns:
+        _for_each_tensor(result, lambda tensor: found.append(_metas(tensor)))
+        return tuple(found)
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            _for_each_tensor(value, lambda tensor: found.append(_metas(tensor)))
+    return tuple(found)

@@ -31,6 +31,7 @@ def test_snr_depth() -> None:
     for slope in (0.1, 0.4):
         decays = [row["snr"] for row in rows if (row["family"], row["slope"]) == ("layerwise", slope)]
         assert all(later < earlier / 2 for earlier, later in itertools.pairwise(decays))
+    assert all(0.3 < row["predicted_snr"] / row["snr"] < 2 for row in rows if row["snr"] > 10)
 
 
 def test_gpu_evidence_without_a_gpu() -> None:
@@ -61,3 +62,11 @@ def test_memory_table() -> None:
     rows = run("memory_table.py", "--batch", "64")["rows"]
     assert len(rows) == 9
     assert all(row["allocator"] > 0 and row["process"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_estimate_speed() -> None:
+    rows = run("estimate_speed.py", "--repeats", "1", "--batch", "8")["rows"]
+    assert rows[0]["label"] == "import torch"
+    assert all(row["seconds"] > 0 for row in rows)
+    assert rows[-1]["process_peak_bytes"] >= rows[-1]["imported_bytes"] > 0

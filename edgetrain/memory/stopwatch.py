@@ -1,0 +1,157 @@
+"""Single instructions on single blocks, run for real by the executor's own code and timed.
+
+A block runs short sequences that begin with its forward pass, as in a step: stored, recomputed from its input, and
+inverted in each way that it allows. What the step would drop after an instruction is dropped while the clock runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from edgetrain.chain import Block
+from edgetrain.memory.step import Loss
+from edgetrain.nn.invertible import Invertible
+from edgetrain.runtime.executor import Execution, Updater
+from edgetrain.runtime.offload import offload
+from edgetrain.runtime.program import Backward, Forward, Head, Program, Update
+
+_COPIES = 3
+
+Step = Forward | Backward | Update
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One example of a tensor between two blocks; a batch is made of it.
+
+    Attributes:
+        shape: of a batch.
+        strides: likewise.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Sample:
+        """What ``tensor`` looks like."""
+        return cls(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device)
+
+    def make(self) -> Tensor:
+        """Normal random numbers, or zeros where they are no floating point numbers; in memory of its own."""
+        tensor = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
+        return tensor.normal_() if self.dtype.is_floating_point else tensor.zero_()
+
+
+class Stopwatch(Execution):
+    """Times the instructions of block ``i`` one after the other.
+
+    Args:
+        update: called for ``update i``.
+        clock: seconds since some moment.
+    """
+
+    def __init__(self, blocks: Sequence[Block], i: int, *, update: Updater, clock: Clock) -> None:
+        super().__init__(Program((), (), (Head(),)), blocks, update=update)
+        self._i, self._clock = i, clock
+
+    def time(self, sequence: Sequence[Step], x: Sample) -> tuple[list[float], Sample]:
+        """Seconds of each instruction of ``sequence``, which begins with a forward pass from ``x``; and its output."""
+        i = self._i
+        self._z[i] = x.make()
+        if i == 0:  # the batch belongs to the caller
+            self._foreign.add(int(self._z[i].untyped_storage()._cdata))
+        y = x
+        taken = []
+        for step in sequence:
+            if isinstance(step, Backward):
+                for parameter in self._blocks[i].module.parameters():
+                    parameter.grad = None
+                self._g[i + 1] = Sample(y.shape, _contiguous(y.shape), y.dtype, y.device).make()
+            _wait_for(x.device)
+            began = self._clock()
+            self._run(step)
+            self._drop_after(step)
+            _wait_for(x.device)
+            taken.append(self._clock() - began)
+            if isinstance(step, Forward):
+                y = Sample.of(self._z[i + 1])
+        self._z.clear()
+        self._g.clear()
+        for parameter in self._blocks[i].module.parameters():
+            parameter.grad = None
+        return taken, y
+
+    def _drop_after(self, step: Step) -> None:
+        if isinstance(step, Forward):
+            if step.keep != "input":
+                self._z.pop(self._i, None)
+        else:
+            self._z.pop(self._i + 1, None)
+
+
+def sequences(block: Block, i: int, *, update: bool) -> list[list[Step]]:
+    """What is timed of ``block``: every instruction that it allows."""
+    found: list[list[Step]] = [[Forward(i, "all"), Backward(i, "saved")]]
+    if update:
+        found[0].append(Update(i))
+    if block.allows("recompute"):
+        found.append([Forward(i, "input"), Backward(i, "recompute")])
+    if isinstance(block.module, Invertible):
+        if block.allows("invert"):
+            found.append([Forward(i, "nothing"), Backward(i, "invert")])
+        if block.allows("invert_layerwise"):
+            found.append([Forward(i, "nothing"), Backward(i, "invert_layerwise")])
+    elif not block.allows("recompute"):
+        found.append([Forward(i, "nothing")])
+    return found
+
+
+def head_seconds(y: Sample, loss: Loss, clock: Clock) -> float:
+    """Seconds of ``loss`` from the model's output, forward and backward."""
+    logits = y.make().requires_grad_()
+    _wait_for(y.device)
+    began = clock()
+    with torch.enable_grad():
+        loss(logits).backward()
+    _wait_for(y.device)
+    return clock() - began
+
+
+def copy_rate(z: Sample, clock: Clock) -> float:
+    """Bytes per second of ``z`` to the host, or back: the mean of the two ways."""
+    taken = []
+    for _ in range(_COPIES):
+        tensor = z.make()
+        _wait_for(z.device)
+        began = clock()
+        offload(tensor, "host").fetch()
+        _wait_for(z.device)
+        taken.append(clock() - began)
+    return 2 * z.nbytes / min(taken)
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for extent in reversed(shape):
+        strides.append(step)
+        step *= max(extent, 1)
+    return tuple(reversed(strides))
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

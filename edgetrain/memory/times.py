@@ -1,0 +1,136 @@
+"""How long a training step takes: seconds of every instruction on every block, and their sum over a Program.
+
+A step is its instructions one after the other, so its seconds are the sum of theirs. The seconds come from one of two
+places, in the same form: the rates of a device (:func:`edgetrain.memory.predicted_times`), for a device that is not
+here, or a stopwatch (:func:`edgetrain.memory.measured_times`) on the one that is.
+
+What the sum leaves out: that a tensor may still be in a cache from the instruction before, and that transfers may run
+beside the arithmetic. Both make a step shorter than its sum.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from edgetrain.errors import ModelError
+from edgetrain.runtime.program import (
+    Backward,
+    Fetch,
+    Forward,
+    Free,
+    Head,
+    Instruction,
+    Keep,
+    Offload,
+    Program,
+    Recompute,
+    Update,
+)
+
+
+@dataclass(frozen=True)
+class BlockTimes:
+    """Seconds of one instruction on one block; None where the block does not allow it.
+
+    Attributes:
+        forward: keep=input or keep=nothing; running it again costs the same.
+        forward_all: keep=all.
+        update: step of the optimiser over this block's parameters, those of earlier blocks left out.
+        forward_in_place: keep=nothing of a block that works in the memory of its input; None: as ``forward``.
+    """
+
+    forward: float
+    forward_all: float
+    backward_saved: float
+    backward_recompute: float | None
+    backward_invert: float | None
+    backward_invert_layerwise: float | None
+    update: float
+    forward_in_place: float | None = None
+
+    def forward_seconds(self, keep: Keep) -> float:
+        """Of a forward pass."""
+        if keep == "all":
+            return self.forward_all
+        return self.forward if keep == "input" or self.forward_in_place is None else self.forward_in_place
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of the instructions of any Program of a chain, at one batch size.
+
+    Attributes:
+        head: the caller's loss, forward and backward.
+        copy_bytes_per_s: from the device to the host, or back.
+        source: ``measured on this machine`` or ``rates of profile X``.
+        shapes: of z[0] ... z[L], batch first.
+        element_bytes: of one element of z[0] ... z[L].
+    """
+
+    blocks: tuple[BlockTimes, ...]
+    head: float
+    copy_bytes_per_s: float
+    source: str
+    shapes: tuple[tuple[int, ...], ...]
+    element_bytes: tuple[int, ...]
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in a step."""
+        return self.shapes[0][0]
+
+    def copy_seconds(self, index: int) -> float:
+        """Of z[index] from the device to the host, or back."""
+        return math.prod(self.shapes[index]) * self.element_bytes[index] / self.copy_bytes_per_s
+
+
+def program_seconds(program: Program, times: Times) -> float:
+    """Seconds of one training step of ``program``: its instructions, and the optimiser's step after it.
+
+    A Program that updates in the backward pass has its updates inside; any other is followed by one of all parameters,
+    as in :func:`edgetrain.memory.simulate`. A transfer to a file counts as one to the host: files are slower.
+
+    Raises:
+        ModelError: the times are of another chain or batch size, or a block does not allow an instruction.
+    """
+    if program.shapes != times.shapes:
+        raise ModelError(
+            found=f"times of {len(times.blocks)} blocks for {times.shapes[0]}",
+            expected=f"those of the program: {len(program.names)} blocks for {program.shapes[0]}",
+            action="predict or measure the times of this model at this input and batch size",
+        )
+    seconds = math.fsum(instruction_seconds(step, times) for step in program.instructions)
+    if any(isinstance(step, Update) for step in program.instructions):
+        return seconds
+    return seconds + math.fsum(block.update for block in times.blocks)
+
+
+def instruction_seconds(step: Instruction, times: Times) -> float:
+    """Seconds of ``step``.
+
+    Raises:
+        ModelError: the block does not allow it.
+    """
+    match step:
+        case Forward(block, keep):
+            return times.blocks[block].forward_seconds(keep)
+        case Recompute(first, last, keep):
+            return math.fsum(block.forward_seconds(keep) for block in times.blocks[first : last + 1])
+        case Backward(block, how):
+            found: float | None = getattr(times.blocks[block], f"backward_{how}")
+            if found is None:
+                raise ModelError(
+                    found=f"instruction 'backward {how}' for block {block}",
+                    expected="one that the block allows",
+                    action="give the block a mode that it allows",
+                )
+            return found
+        case Update(block):
+            return times.blocks[block].update
+        case Offload(index) | Fetch(index):
+            return times.copy_seconds(index)
+        case Head():
+            return times.head
+        case Free():
+            return 0.0

@@ -1,0 +1,79 @@
+"""Showing three full slices instead of all leaves every prediction as it is, to the byte."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from typing import Any, get_args
+
+import pytest
+import torch
+
+import edgetrain
+from edgetrain.memory import costs as costs_module
+from edgetrain.memory import measure_costs, step, trace_step
+from edgetrain.memory.timeline import timeline
+from edgetrain.memory.trace import StepTrace
+from edgetrain.nn.slices import abridged_slices, batch_slices, slice_weight
+from edgetrain.planner import UniformMode
+
+NETWORKS = ("hybrid18", "layerwise18", "revnet18")
+INPUT, BATCH = (3, 32, 32), 90  # of 128 KiB a sample: five full slices of 2 MiB and a rest, eleven of 1 MiB and a rest
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setattr(costs_module, "abridged_slices", contextlib.nullcontext)
+    monkeypatch.setattr(step, "abridged_slices", contextlib.nullcontext)
+    return monkeypatch
+
+
+def test_which_slices_stand_for_how_many() -> None:
+    x = torch.empty(1, 1, device="meta").expand(17, 2**18)  # of 1 MiB: eight slices of two, and one
+    assert [slice_weight() for _ in batch_slices(x)] == [1] * 9
+    with abridged_slices():
+        shown = [((s.start, s.stop), slice_weight()) for s in batch_slices(x)]
+        assert shown == [((0, 2), 1), ((2, 4), 1), ((4, 6), 6), ((16, 17), 1)]
+        assert [slice_weight() for _ in batch_slices(x[:16])] == [1, 1, 6]
+        assert [slice_weight() for _ in batch_slices(x[:5])] == [1, 1, 1]
+        assert [slice_weight() for _ in batch_slices(x[:0])] == []
+        nested = [slice_weight() for _ in batch_slices(x) for _ in batch_slices(x[:8])]
+        assert sum(nested) == 9 * 4
+        assert slice_weight() == 1
+    assert slice_weight() == 1
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_costs(name: str, full: pytest.MonkeyPatch) -> None:
+    model = edgetrain.create_model(name, num_classes=10)
+    whole = measure_costs(model, input_shape=INPUT, batch_size=BATCH, measured=False)
+    full.undo()
+    assert measure_costs(model, input_shape=INPUT, batch_size=BATCH, measured=False) == whole
+
+
+def traced(name: str, mode: Any) -> StepTrace:
+    model = edgetrain.create_model(name, num_classes=10)
+    plan = edgetrain.uniform_plan(model, mode, input_shape=INPUT, batch_size=BATCH)
+    return trace_step(model, input_shape=INPUT, batch_size=BATCH, wrap=lambda net: edgetrain.wrap(net, plan))
+
+
+def weighted(trace: StepTrace) -> Counter[tuple[str, str]]:
+    """How often each module runs each operator; autograd now and then clones a gradient that it could have taken."""
+    counts = Counter[tuple[str, str]]()
+    for call in trace.calls:
+        counts[call.operator, call.module] += call.weight
+    del counts["aten.clone.default", ""]
+    return counts
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("mode", get_args(UniformMode))
+def test_steps(name: str, mode: Any, full: pytest.MonkeyPatch) -> None:
+    whole = traced(name, mode)
+    full.undo()
+    short = traced(name, mode)
+    lines = [timeline(trace, measured=False) for trace in (whole, short)]
+    for field in ("peak_bytes", "resident_bytes", "kinds", "modules"):
+        assert getattr(lines[1], field) == getattr(lines[0], field)
+    assert len(short.calls) <= len(whole.calls)
+    assert weighted(short) == weighted(whole)
