@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from edgetrain.export import export_onnx
     from edgetrain.memory import Estimate, estimate
     from edgetrain.models import create_model
-    from edgetrain.planner import Plan, uniform_plan
+    from edgetrain.planner import Plan, plan, uniform_plan
     from edgetrain.runtime import Wrapped, wrap
     from edgetrain.train import Trainer
 
@@ -25,6 +25,7 @@ _HOMES = {
     "estimate": "edgetrain.memory",
     "export_onnx": "edgetrain.export",
     "Plan": "edgetrain.planner",
+    "plan": "edgetrain.planner",
     "Trainer": "edgetrain.train",
     "uniform_plan": "edgetrain.planner",
     "Wrapped": "edgetrain.runtime",
@@ -46,6 +47,7 @@ __all__ = [
     "memory",
     "models",
     "nn",
+    "plan",
     "planner",
     "runtime",
     "train",

@@ -1,6 +1,19 @@
 """Which block keeps, recomputes or inverts: plans and the programs that follow from them."""
 
-from edgetrain.planner.plan import Plan, UniformMode, uniform_plan
+from edgetrain.planner.planning import plan
+from edgetrain.planner.plans import Alternative, Costed, Plan, uniform_plan
 from edgetrain.planner.schedule import schedule
+from edgetrain.planner.search import Candidate, Search
+from edgetrain.planner.uniform import UniformMode
 
-__all__ = ["Plan", "UniformMode", "schedule", "uniform_plan"]
+__all__ = [
+    "Alternative",
+    "Candidate",
+    "Costed",
+    "Plan",
+    "Search",
+    "UniformMode",
+    "plan",
+    "schedule",
+    "uniform_plan",
+]

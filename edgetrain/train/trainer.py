@@ -187,20 +187,25 @@ class Trainer:
     def _train_step(self, images: Tensor, labels: Tensor, total: int, epoch: int) -> tuple[float, int]:
         for group in self._optimizer.param_groups:
             group["lr"] = self.recipe.rate(self._step, total)
-        logits = self._net(images)
-        loss = F.cross_entropy(logits, labels)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise TrainingError(
-                found=f"the loss is {value} at step {self._step + 1} (epoch {epoch})",
-                expected="a finite loss",
-                action=f"lower the learning rate; the state of the epoch before is in {self.checkpoint}",
-            )
-        loss.backward()
+        value, hits = 0.0, 0
+        part = -(-len(labels) // self.plan.micro_batches)
+        for some_images, some_labels in zip(images.split(part), labels.split(part), strict=True):
+            logits = self._net(some_images)
+            # the parts' gradients add up to that of the batch's mean loss
+            loss = F.cross_entropy(logits, some_labels) * (len(some_labels) / len(labels))
+            value += float(loss.detach())
+            if not math.isfinite(value):
+                raise TrainingError(
+                    found=f"the loss is {value} at step {self._step + 1} (epoch {epoch})",
+                    expected="a finite loss",
+                    action=f"lower the learning rate; the state of the epoch before is in {self.checkpoint}",
+                )
+            loss.backward()
+            hits += int((logits.detach().argmax(1) == some_labels).sum())
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=False)
         self._step += 1
-        return value, int((logits.detach().argmax(1) == labels).sum())
+        return value, hits
 
     def _check_weights(self, epoch: int) -> None:
         """The loss is made before the update: after the last step of an epoch it tells nothing of the weights."""

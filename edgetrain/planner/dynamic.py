@@ -1,0 +1,324 @@
+"""The fastest step of a chain within a number of bytes, by dynamic programming.
+
+Persistent schedules in the sense of rotor (Beaumont, Eyraud-Dubois, Herrmann, Joly, Shilova, "Optimal checkpointing
+for heterogeneous chains", 2019), with inversion as a further way to come by a block's input, and with host memory as a
+further place for a checkpoint. ``best(s, t, m)`` is the least time in which, from z[s], the gradients of blocks t..s
+are computed with m bytes; the loss comes in between if t is the last block, else g[t+1] is there. It is the least of
+
+    store       run s and keep what autograd saves; best(s+1, t); backward of s
+    checkpoint  keep z[s], run s..k-1 and keep nothing; best(k, t); best(s, k-1) from z[s]
+    offload     the same with z[s] in the host's memory meanwhile
+    recompute   s = t alone: run it once more from z[s] and go back
+    invert      run s..j in the memory of z[s]; best(j+1, t), which leaves z[j+1]; invert j..s
+
+A run of inversions begins at an exact z[j+1], because inverting adds noise: its length is bounded by
+``Problem.reach``, so what is stored or recomputed in between is exact and stops the noise.
+
+z[s] is in one of three states: ``free`` (the schedule may drop it), ``need`` (an inversion of s-1 will start from it:
+it must be there in the end), ``hold`` (somebody else holds it: it costs nothing and stays). Parameters' gradients
+appear in a fixed order, last block first, so what they occupy is known for every (s, t).
+
+Bytes are counted in slots. Rounded down, the table gives a bound that no schedule of this family can beat; rounded to
+the nearest with the remainders carried on from block to block, sums are off by no more than a slot whatever their
+length, and the schedules it gives are checked byte by byte afterwards (:mod:`edgetrain.planner.search`).
+
+The table takes O(L^2 M) memory and O(L^3 M) time for L blocks and M slots, in NumPy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+
+from edgetrain.planner.stages import Problem, Way
+from edgetrain.runtime.program import (
+    Backward,
+    Fetch,
+    Forward,
+    Free,
+    Head,
+    Instruction,
+    Keep,
+    Offload,
+    Recompute,
+    Update,
+)
+
+State = Literal["free", "need", "hold"]
+Move = Literal["store", "checkpoint", "offload", "recompute", "invert"]
+Rounding = Literal["nearest", "down"]
+
+Array = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
+Slots = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
+
+_NEVER = 1e9
+"""Seconds that stand for infeasible where they are summed and subtracted."""
+
+
+class Table:
+    """``best`` for all s, t and m.
+
+    Args:
+        top_bytes: the largest budget in it.
+        slots: number of steps from 0 to ``top_bytes``.
+        rounding: of bytes to slots.
+
+    Attributes:
+        unit_bytes: of a slot.
+    """
+
+    def __init__(self, problem: Problem, top_bytes: int, *, slots: int = 500, rounding: Rounding = "nearest") -> None:
+        self._problem, self._stages, self.slots = problem, problem.stages, slots
+        self.unit_bytes = max(1.0, top_bytes / slots)
+        self._rounding = rounding
+        self._count = len(problem.stages)
+        self._z = np.array(problem.activation_bytes, dtype=np.int64)
+        self._gradients = np.array(problem.gradients_after, dtype=np.int64)
+        self._z_slots, self._saved_slots = self._rounded_sizes()
+        self._forward = np.cumsum([0.0, *(stage.dropping_seconds for stage in self._stages)])
+        self._dropping = self._z[:-1] + np.array([stage.dropping_bytes for stage in self._stages], dtype=np.int64)
+        self._inverting = self._inversion_sums()
+        shape = self._count, self._count + 1, slots + 1
+        self._best: dict[State, Array] = {
+            state: np.full(shape, np.inf, dtype=np.float32) for state in ("free", "need", "hold")
+        }
+        for t in range(self._count):
+            for s in range(t + 1, -1, -1):
+                for state in self._states(s):
+                    self._best[state][t, s] = self._cell(t, s, state)
+
+    def seconds(self, m: int) -> float:
+        """Least time of a step with ``m`` slots; infinite where there is none."""
+        return float(self._best["hold"][-1, 0, m]) + self._problem.head_seconds
+
+    def least(self) -> int | None:
+        """The fewest slots in which a step is possible."""
+        feasible = np.flatnonzero(np.isfinite(self._best["hold"][-1, 0]))
+        return int(feasible[0]) if len(feasible) else None
+
+    def steps(self) -> list[int]:
+        """The fewest slots for each different time, fewest first."""
+        times = self._best["hold"][-1, 0]
+        changes = np.flatnonzero(np.isfinite(times[1:]) & (times[1:] < times[:-1])) + 1
+        least = self.least()
+        return [] if least is None else sorted({least, *(int(m) for m in changes)})
+
+    def instructions(self, m: int, *, update_in_backward: bool = False) -> tuple[Instruction, ...]:
+        """The schedule behind :meth:`seconds`."""
+        steps: list[Instruction] = []
+        self._emit(steps, self._count - 1, 0, "hold", m)
+        if update_in_backward:
+            steps = [part for step in steps for part in _with_update(step)]
+        return tuple(steps)
+
+    # --- sizes
+
+    def _rounded_sizes(self) -> tuple[list[int], list[int]]:
+        """Slots of z[0..L], and of what each block saves."""
+        exact = [
+            float(self._z[0]),
+            *(x for k, stage in enumerate(self._stages) for x in (stage.saved_bytes, self._z[k + 1])),
+        ]
+        if self._rounding == "down":
+            rounded = [int(x // self.unit_bytes) for x in exact]
+        else:
+            ends = np.rint(np.cumsum([0.0, *exact]) / self.unit_bytes).astype(int)
+            rounded = [int(x) for x in np.diff(ends)]
+        return rounded[0::2], rounded[1::2]
+
+    def _threshold(self, nbytes: float) -> int:
+        """Slots without which ``nbytes`` do not fit."""
+        return int(self._thresholds(np.array([nbytes]))[0])
+
+    def _thresholds(self, nbytes: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Slots:
+        slots = nbytes / self.unit_bytes
+        return (np.floor(slots) if self._rounding == "down" else np.ceil(slots - 0.5)).astype(np.int32)
+
+    def _waiting(self, t: int) -> int:
+        """Bytes that are there all through blocks ..t: g[t+1], and gradients of later parameters."""
+        last = t == self._count - 1
+        return (0 if last else int(self._z[t + 1])) + int(self._gradients[t + 1])
+
+    def _states(self, s: int) -> list[State]:
+        """Those in which anybody may ask for z[s]."""
+        states: list[State] = ["free"] if s > 0 else []
+        if s > 0 and self._stages[s - 1].ways:
+            states.append("need")
+        if s == 0 or self._stages[s - 1].keeps_output:
+            states.append("hold")
+        return states
+
+    # --- the recursion
+
+    def _cell(self, t: int, s: int, state: State) -> Array:
+        if s == t + 1:
+            own = 0 if state == "hold" else int(self._z[s])
+            last = t == self._count - 1
+            needed = own + (self._problem.head_bytes if last else self._waiting(t))
+            base = np.zeros(self.slots + 1, dtype=np.float32)
+            base[: self._threshold(needed)] = np.inf
+            return base
+        best = np.full(self.slots + 1, np.inf, dtype=np.float32)
+        for _, _, values in self._candidates(t, s, state, 0, self.slots + 1):
+            np.minimum(best, values.min(0), out=best)
+        return best
+
+    def _candidates(self, t: int, s: int, state: State, low: int, high: int) -> Iterator[tuple[Move, int, Array]]:
+        """Each move with its first k, and the time for m = low..high-1 in a row for every k from there on."""
+        stage, waiting = self._stages[s], self._waiting(t)
+        own, own_slots = (0, 0) if state == "hold" else (int(self._z[s]), self._z_slots[s])
+
+        kept = own if stage.keeps_input or state == "need" else 0
+        kept_slots = own_slots if kept else 0
+        held = stage.saved_bytes + kept + (int(self._z[s + 1]) if stage.keeps_output else 0)
+        held_slots = self._saved_slots[s] + kept_slots + (self._z_slots[s + 1] if stage.keeps_output else 0)
+        needed = max(
+            own + stage.forward_all_bytes + waiting,
+            held + int(self._z[s + 1]) + stage.backward_bytes + int(self._gradients[s + 1]),
+        )
+        after = self._best["hold" if stage.keeps_output else "free"][t, s + 1 : s + 2]
+        values = _shifted(after, held_slots, low, high) + np.float32(stage.forward_all_seconds + stage.backward_seconds)
+        yield "store", s, _from(values, self._thresholds(np.array([needed])), low)
+
+        if stage.recompute_seconds is not None and t > s:
+            yield from self._checkpoints(t, s, state, own, own_slots, low, high)
+        if stage.recompute_seconds is not None and t == s and t < self._count - 1:
+            needed = own + waiting + stage.recompute_bytes
+            values = np.full((1, high - low), stage.recompute_seconds, dtype=np.float32)
+            yield "recompute", s, _from(values, self._thresholds(np.array([needed])), low)
+        if state == "free" and stage.ways:
+            yield from self._inversions(t, s, low, high)
+
+    def _checkpoints(
+        self, t: int, s: int, state: State, own: int, own_slots: int, low: int, high: int
+    ) -> Iterator[tuple[Move, int, Array]]:
+        """k from s+1 to t."""
+        waiting = self._waiting(t)
+        first = own + self._stages[s].forward_bytes + waiting
+        again = self._best[state][s:t, s, low:high]
+        forward = self._stages[s].forward_seconds + self._forward[s + 1 : t + 1] - self._forward[s + 1]
+        forward = forward.astype(np.float32)[:, None]
+        later = self._dropping[s + 1 : t]
+        peaks = np.maximum.accumulate(np.concatenate(([first], later + own + waiting)))
+        values = _shifted(self._best["free"][t, s + 1 : t + 1], own_slots, low, high) + again
+        values += forward
+        yield "checkpoint", s + 1, _from(values, self._thresholds(peaks), low)
+        if self._problem.offload_seconds_per_byte is not None and state != "hold":
+            peaks = np.maximum.accumulate(np.concatenate(([first], later + waiting)))
+            values = self._best["free"][t, s + 1 : t + 1, low:high] + again
+            values += forward + np.float32(2 * own * self._problem.offload_seconds_per_byte)
+            yield "offload", s + 1, _from(values, self._thresholds(peaks), low)
+
+    def _inversions(self, t: int, s: int, low: int, high: int) -> Iterator[tuple[Move, int, Array]]:
+        """j from s on, as far as blocks have an inverse and the noise allows."""
+        end = s
+        while end <= t and self._stages[end].ways and self._problem.reach[end] <= s:
+            end += 1
+        if end == s:
+            return
+        peaks = np.maximum.accumulate(self._dropping[s:end] + self._waiting(t))
+        times = self._inverting[s + 1 : end + 1, low:high] - self._inverting[s, low:high]
+        times += (self._forward[s + 1 : end + 1] - self._forward[s])[:, None]
+        values = np.where(times < _NEVER / 2, times, np.inf).astype(np.float32)
+        values += self._best["need"][t, s + 1 : end + 1, low:high]
+        yield "invert", s, _from(values, self._thresholds(peaks), low)
+
+    def _inversion_sums(self) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+        """Seconds of inverting blocks 0..i-1 with m slots; with :data:`_NEVER` for what does not fit."""
+        sums = np.zeros((self._count + 1, self.slots + 1))
+        for i, stage in enumerate(self._stages):
+            seconds = np.full(self.slots + 1, _NEVER)
+            for way in stage.ways:
+                fits = self._inversion_threshold(i, way)
+                seconds[fits:] = np.minimum(seconds[fits:], way.seconds)
+            sums[i + 1] = sums[i] + seconds
+        return sums
+
+    def _inversion_threshold(self, i: int, way: Way) -> int:
+        return self._threshold(2 * int(self._z[i + 1]) + way.peak_bytes + int(self._gradients[i + 1]))
+
+    # --- the schedule
+
+    def _emit(self, steps: list[Instruction], t: int, s: int, state: State, m: int) -> None:
+        if s == t + 1:
+            if t == self._count - 1:
+                steps.append(Head())
+            if state == "free":
+                steps.append(Free(s))
+            return
+        move, k = self._choice(t, s, state, m)
+        again = t < self._count - 1
+        stage = self._stages[s]
+        own_slots = 0 if state == "hold" else self._z_slots[s]
+        if move == "store":
+            steps += _pass(s, s, "all", again=again)
+            if state == "free":
+                steps.append(Free(s))
+            kept_slots = own_slots if stage.keeps_input or state == "need" else 0
+            held = self._saved_slots[s] + kept_slots + (self._z_slots[s + 1] if stage.keeps_output else 0)
+            self._emit(steps, t, s + 1, "hold" if stage.keeps_output else "free", m - held)
+            if stage.keeps_output:
+                steps.append(Free(s + 1))
+            steps.append(Backward(s, "saved"))
+        elif move in ("checkpoint", "offload"):
+            steps += _pass(s, s, "input", again=again)
+            if move == "offload":
+                steps.append(Offload(s))
+            steps += _pass(s + 1, k - 1, "nothing", again=again)
+            self._emit(steps, t, k, "free", m if move == "offload" else m - own_slots)
+            if move == "offload":
+                steps.append(Fetch(s))
+            self._emit(steps, k - 1, s, state, m)
+        elif move == "recompute":
+            steps.append(Backward(s, "recompute"))
+            if state == "free":
+                steps.append(Free(s))
+        else:
+            steps += _pass(s, k, "nothing", again=again)
+            self._emit(steps, t, k + 1, "need", m)
+            for i in range(k, s - 1, -1):
+                fitting = [way for way in self._stages[i].ways if self._inversion_threshold(i, way) <= m]
+                steps.append(Backward(i, min(fitting, key=lambda way: way.seconds).how))
+            steps.append(Free(s))
+
+    def _choice(self, t: int, s: int, state: State, m: int) -> tuple[Move, int]:
+        """The move behind ``best``, and its k."""
+        best: tuple[float, Move, int] | None = None
+        for move, first, values in self._candidates(t, s, state, m, m + 1):
+            row = int(values[:, 0].argmin())
+            if best is None or values[row, 0] < best[0]:
+                best = float(values[row, 0]), move, first + row
+        assert best is not None
+        assert np.isfinite(best[0])
+        return best[1], best[2]
+
+
+def _shifted(rows: Array, shift: int, low: int, high: int) -> Array:
+    """``rows[:, low - shift : high - shift]``, infinite before the first column."""
+    if low >= shift:
+        return rows[:, low - shift : high - shift]
+    shifted = np.full((rows.shape[0], high - low), np.inf, dtype=np.float32)
+    if high > shift:
+        shifted[:, shift - low :] = rows[:, : high - shift]
+    return shifted
+
+
+def _from(values: Array, thresholds: Slots, low: int) -> Array:
+    """``values`` with infinity in row r where m is below ``thresholds[r]``; overwritten or copied."""
+    until = int(thresholds.max()) - low
+    if until > 0:
+        columns = np.arange(low, low + min(until, values.shape[1]), dtype=np.int32)
+        np.copyto(values[:, :until], np.float32(np.inf), where=columns < thresholds[:, None])
+    return values
+
+
+def _pass(first: int, last: int, keep: Keep, *, again: bool) -> list[Instruction]:
+    if not again:
+        return [Forward(i, keep) for i in range(first, last + 1)]
+    return [Recompute(first, last, keep)] if first <= last else []
+
+
+def _with_update(step: Instruction) -> list[Instruction]:
+    return [step, Update(step.block)] if isinstance(step, Backward) else [step]

@@ -1,0 +1,96 @@
+"""Why each block does what it does, from the program that was chosen and what the alternatives cost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from edgetrain.chain import MODES, Block, Mode
+from edgetrain.memory import BlockCosts, Costs
+from edgetrain.memory.times import BlockTimes, Times
+from edgetrain.planner.plans import Alternative
+from edgetrain.runtime.program import Backward, Forward, Offload, Program, Recompute
+from edgetrain.units import format_mib
+
+_MODES: dict[str, Mode] = {"recompute": "recompute", "invert": "invert", "invert_layerwise": "invert_layerwise"}
+
+
+def modes_of(program: Program) -> tuple[Mode, ...]:
+    """How each block's backward pass comes by its activations."""
+    kept = {step.block for step in program.instructions if isinstance(step, Forward) and step.keep == "all"}
+    how = {step.block: step.how for step in program.instructions if isinstance(step, Backward)}
+    return tuple(
+        ("store" if i in kept else "recompute") if how[i] == "saved" else _MODES[how[i]] for i in range(len(how))
+    )
+
+
+def explain(
+    program: Program, blocks: Sequence[Block], costs: Costs, times: Times
+) -> tuple[tuple[str, ...], tuple[tuple[Alternative, ...], ...]]:
+    """A reason for every block, and for everything that it does not do."""
+    runs = Counter[int]()
+    for step in program.instructions:
+        if isinstance(step, Forward):
+            runs[step.block] += 1
+        elif isinstance(step, Recompute):
+            runs.update(range(step.first, step.last + 1))
+        elif isinstance(step, Backward) and step.how == "recompute":
+            runs[step.block] += 1
+    offloaded = {step.index for step in program.instructions if isinstance(step, Offload)}
+    modes = modes_of(program)
+    reasons, rejected = [], []
+    for i, (block, mode) in enumerate(zip(blocks, modes, strict=True)):
+        reasons.append(_reason(i, mode, runs[i], costs.blocks[i], times.blocks[i], offloaded=i in offloaded))
+        rejected.append(tuple(_others(block, mode, costs.blocks[i], times.blocks[i])))
+    return tuple(reasons), tuple(rejected)
+
+
+def _reason(i: int, mode: Mode, runs: int, cost: BlockCosts, time: BlockTimes, *, offloaded: bool) -> str:
+    extra = _extra(time, mode)
+    if mode == "store":
+        return f"keeps {format_mib(max(0, cost.saved_bytes))} for its gradient: there is room for it"
+    if mode == "recompute":
+        place = f"z[{i}] waits in the host's memory" if offloaded else f"run {runs} times"
+        seconds = (runs - 1) * time.forward
+        return f"{place}: spares {format_mib(max(0, cost.saved_bytes))} for {1e3 * seconds:.1f} ms"
+    held = "holding its hidden activations" if mode == "invert" else "holding nothing"
+    return f"its input comes back from its output, {held}: spares {format_mib(_kept(cost))} for {1e3 * extra:.1f} ms"
+
+
+def _others(block: Block, chosen: Mode, cost: BlockCosts, time: BlockTimes) -> list[Alternative]:
+    found = []
+    for mode in MODES:
+        if mode == chosen:
+            continue
+        if not block.allows(mode):
+            found.append(Alternative(mode, block.refusals[mode]))
+            continue
+        difference = _extra(time, mode) - _extra(time, chosen)
+        slower = f"{1e3 * abs(difference):.1f} ms {'more' if difference > 0 else 'less'}"
+        if mode == "store":
+            reason = f"would hold {format_mib(max(0, cost.saved_bytes))} until its gradient is there, for {slower}"
+        elif mode == "recompute":
+            reason = f"would hold its input or run from an earlier one, for {slower}"
+        else:
+            reason = f"would take {slower}"
+        found.append(Alternative(mode, reason))
+    return found
+
+
+def _extra(time: BlockTimes, mode: Mode) -> float:
+    """Seconds of a block's forward and backward pass above storing."""
+    stored = time.forward_all + time.backward_saved
+    taken = {
+        "store": stored,
+        "recompute": time.forward + (time.backward_recompute or 0.0),
+        "invert": time.forward + (time.backward_invert or 0.0),
+        "invert_layerwise": time.forward + (time.backward_invert_layerwise or 0.0),
+    }
+    return taken[mode] - stored
+
+
+def _kept(cost: BlockCosts) -> int:
+    """Bytes that storing would hold, its input among them."""
+    effect = cost.effects["forward all", None, None]
+    inputs = next((o.nbytes for o in effect.outputs if o.name == "y"), 0) if "x" in effect.kept else 0
+    return max(0, cost.saved_bytes) + inputs

@@ -1,0 +1,195 @@
+"""What the dynamic programme knows of a chain: a few bytes and seconds per block.
+
+The numbers are those of the exact simulation (:mod:`edgetrain.memory.simulate`), boiled down: every instruction has one
+peak above what is there when it begins. What is lost by that (copies for other layouts, memory that an instruction
+frees half way) the search makes good by simulating what it finds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edgetrain.chain import Block
+from edgetrain.memory import BlockCosts, Costs
+from edgetrain.memory.effects import Effect, Operand
+from edgetrain.memory.times import Times
+from edgetrain.runtime.program import How
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to get z[i] and g[i] from z[i+1] and g[i+1].
+
+    Attributes:
+        peak_bytes: most bytes above the two it starts from.
+    """
+
+    how: How
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One block.
+
+    Attributes:
+        output_bytes: of z[i+1], and of its gradient.
+        saved_bytes: what ``forward all`` leaves besides z[i] and z[i+1].
+        keeps_input: whether what it saved holds z[i]; ``keeps_output``: z[i+1].
+        forward_seconds: of a pass that keeps z[i], ``forward_bytes`` its most bytes above z[i]; z[i+1] among them.
+        dropping_seconds: of one that lets z[i] go, ``dropping_bytes`` likewise.
+        forward_all_bytes: of one that keeps what autograd saves.
+        backward_bytes: of ``backward saved``, above all that is kept and g[i+1].
+        recompute_bytes: of ``backward recompute``, above z[i] and g[i+1].
+        recompute_seconds: of it; None where the block cannot be run again.
+        gradient_bytes: of its parameters, which its backward pass leaves.
+        ways: of inverting it.
+    """
+
+    output_bytes: int
+    saved_bytes: int
+    keeps_input: bool
+    keeps_output: bool
+    forward_seconds: float
+    forward_all_seconds: float
+    forward_bytes: int
+    dropping_seconds: float
+    dropping_bytes: int
+    forward_all_bytes: int
+    backward_seconds: float
+    backward_bytes: int
+    recompute_seconds: float | None
+    recompute_bytes: int
+    gradient_bytes: int
+    ways: tuple[Way, ...] = ()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A chain for the dynamic programme.
+
+    Attributes:
+        input_bytes: of z[0], the batch, which is the caller's.
+        head_bytes: most bytes of the loss above z[L]; g[L] among them.
+        head_seconds: of the loss.
+        reach: for each block j the first block s such that z[s] is still good enough when blocks j..s are inverted
+            from an exact z[j+1].
+        offload_seconds_per_byte: one way; None where there is no other memory.
+        gradients_stay: whether the gradients of all blocks are there until the end of the step.
+    """
+
+    stages: tuple[Stage, ...]
+    input_bytes: int
+    head_bytes: int
+    head_seconds: float
+    reach: tuple[int, ...]
+    offload_seconds_per_byte: float | None = None
+    gradients_stay: bool = True
+
+    @property
+    def activation_bytes(self) -> tuple[int, ...]:
+        """Of z[0] ... z[L]."""
+        return (self.input_bytes, *(stage.output_bytes for stage in self.stages))
+
+    @property
+    def gradients_after(self) -> tuple[int, ...]:
+        """For each i bytes of the parameters' gradients of blocks i, i+1, ..."""
+        sums = [0]
+        for stage in reversed(self.stages):
+            sums.append(sums[-1] + (stage.gradient_bytes if self.gradients_stay else 0))
+        return tuple(reversed(sums))
+
+
+def problem_of(
+    blocks: Sequence[Block],
+    costs: Costs,
+    times: Times,
+    *,
+    reach: Sequence[int] | None = None,
+    offload: bool = False,
+    update_in_backward: bool = False,
+) -> Problem:
+    """The problem of choosing for ``blocks``.
+
+    Args:
+        costs: bytes of their instructions.
+        times: seconds of their instructions.
+        reach: as in :class:`Problem`; None: an inversion has no noise worth speaking of.
+        offload: whether activations may go to the memory of the host.
+        update_in_backward: whether the optimiser steps block by block.
+    """
+    sizes = [_count(s) * b for s, b in zip(costs.shapes, costs.element_bytes, strict=True)]
+    stages = []
+    for i, block in enumerate(blocks):
+        cost, time = costs.blocks[i], times.blocks[i]
+        storing, saved = _named(cost, "forward all"), _named(cost, "backward saved after forward all")
+        recompute = block.allows("recompute")
+        again = _named(cost, "backward recompute after input") if recompute else None
+        after = 0
+        if update_in_backward:
+            update = cost.effects.get(("update", None, None))
+            after = max(0, sizes[i] - sizes[i + 1]) + cost.gradient_bytes + (update.peak_bytes if update else 0)
+        ways = []
+        for how, seconds in (
+            ("invert", time.backward_invert),
+            ("invert_layerwise", time.backward_invert_layerwise),
+        ):
+            if block.allows(how) and seconds is not None:  # type: ignore[arg-type]
+                effect = _named(cost, f"backward {how}")
+                ways.append(Way(how, seconds, max(after, _peak(effect, sizes, i, set()))))  # type: ignore[arg-type]
+        stages.append(
+            Stage(
+                output_bytes=sizes[i + 1],
+                saved_bytes=max(0, cost.saved_bytes),
+                keeps_input="x" in storing.kept,
+                keeps_output="y" in storing.kept,
+                forward_seconds=time.forward,
+                forward_all_seconds=time.forward_all,
+                forward_bytes=_peak(_named(cost, "forward input"), sizes, i, set()) if recompute else 0,
+                dropping_seconds=time.forward if time.forward_in_place is None else time.forward_in_place,
+                dropping_bytes=_peak(_named(cost, "forward nothing"), sizes, i, {"x"}),
+                forward_all_bytes=_peak(storing, sizes, i, set()),
+                backward_seconds=time.backward_saved,
+                backward_bytes=max(after, _peak(saved, sizes, i, {"dy", "x", "y"})),
+                recompute_seconds=time.backward_recompute if recompute else None,
+                recompute_bytes=max(after, _peak(again, sizes, i, {"dy"})) if again else 0,
+                gradient_bytes=cost.gradient_bytes,
+                ways=tuple(ways),
+            )
+        )
+    head = next(iter(costs.heads.values()))
+    return Problem(
+        stages=tuple(stages),
+        input_bytes=sizes[0],
+        head_bytes=head.peak_bytes,
+        head_seconds=times.head,
+        reach=tuple(reach) if reach is not None else (0,) * len(stages),
+        offload_seconds_per_byte=1 / times.copy_bytes_per_s if offload else None,
+        gradients_stay=not update_in_backward,
+    )
+
+
+def _named(cost: BlockCosts, name: str) -> Effect:
+    """An effect by its instruction, on contiguous tensors where that was seen."""
+    found = [effect for key, effect in cost.effects.items() if key[0] == name]
+    return cost.effects.get((name, None, None)) or found[0]
+
+
+def _peak(effect: Effect, sizes: Sequence[int], i: int, freed: set[Operand]) -> int:
+    """Most bytes above those at the start, if the operands in ``freed`` go as soon as it lets go of them."""
+    level = peak = 0
+    for part in effect.parts:
+        peak = max(peak, level + part.peak_bytes)
+        level += part.net_bytes
+        if part.releases in freed:
+            level -= sizes[i] if part.releases == "x" else sizes[i + 1]
+    return peak
+
+
+def _count(shape: Sequence[int]) -> int:
+    count = 1
+    for extent in shape:
+        count *= extent
+    return count

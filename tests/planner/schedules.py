@@ -1,0 +1,168 @@
+"""Every schedule of a small chain, by enumeration, and its memory, by counting. Shares nothing with the planner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from edgetrain.planner.stages import Problem, Stage
+from edgetrain.runtime.program import Backward, Fetch, Forward, Free, Head, Instruction, Offload, Recompute
+
+Steps = tuple[Instruction, ...]
+
+
+def every_schedule(problem: Problem) -> Iterator[Steps]:
+    """All of the family that the planner searches."""
+    yield from _between(problem, 0, len(problem.stages) - 1, foreign=True, needed=False, fresh=True)
+
+
+def _between(problem: Problem, s: int, t: int, *, foreign: bool, needed: bool, fresh: bool) -> Iterator[Steps]:
+    """From z[s] through the backward passes of t..s.
+
+    Args:
+        foreign: somebody else keeps z[s]; ``needed``: it must be there in the end.
+        fresh: whether z[s] must be exact in the end, so that nothing may invert s.
+    """
+    count = len(problem.stages)
+    end: Steps = () if foreign or needed else (Free(s),)
+    if s == t + 1:
+        yield ((Head(),) if t == count - 1 else ()) + end
+        return
+    stage = problem.stages[s]
+
+    def run(i: int, keep: str) -> Steps:
+        return (Forward(i, keep),) if t == count - 1 else (Recompute(i, i, keep),)  # type: ignore[arg-type]
+
+    for rest in _between(problem, s + 1, t, foreign=stage.keeps_output, needed=False, fresh=True):
+        drop: Steps = (Free(s + 1),) if stage.keeps_output else ()
+        yield (*run(s, "all"), *end, *rest, *drop, Backward(s, "saved"))
+    if stage.recompute_seconds is not None:
+        if s == t < count - 1:
+            yield (Backward(s, "recompute"), *end)
+        for k in range(s + 1, t + 1):
+            forward = tuple(step for i in range(s + 1, k) for step in run(i, "nothing"))
+            for rest in _between(problem, k, t, foreign=False, needed=False, fresh=True):
+                for again in _between(problem, s, k - 1, foreign=foreign, needed=needed, fresh=fresh):
+                    yield (*run(s, "input"), *forward, *rest, *again)
+                    if problem.offload_seconds_per_byte is not None and not foreign:
+                        yield (*run(s, "input"), Offload(s), *forward, *rest, Fetch(s), *again)
+    if stage.ways and not foreign and not (needed and fresh):
+        for j in range(s, t + 1):
+            if not problem.stages[j].ways or problem.reach[j] > s:
+                break
+            forward = tuple(step for i in range(s, j + 1) for step in run(i, "nothing"))
+            for rest in _between(problem, j + 1, t, foreign=False, needed=True, fresh=True):
+                for backward in _ways(problem, s, j):
+                    yield (*forward, *rest, *backward, *end)
+
+
+def _ways(problem: Problem, s: int, j: int) -> Iterator[Steps]:
+    if j < s:
+        yield ()
+        return
+    for way in problem.stages[j].ways:
+        for rest in _ways(problem, s, j - 1):
+            yield (Backward(j, way.how), *rest)
+
+
+def _forward_seconds(stage: Stage, keep: str) -> float:
+    return {"all": stage.forward_all_seconds, "input": stage.forward_seconds, "nothing": stage.dropping_seconds}[keep]
+
+
+def seconds_of(problem: Problem, steps: Steps) -> float:
+    """Of a whole step."""
+    total = problem.head_seconds
+    z = problem.activation_bytes
+    for step in steps:
+        if isinstance(step, Forward):
+            total += _forward_seconds(problem.stages[step.block], step.keep)
+        elif isinstance(step, Recompute):
+            total += sum(_forward_seconds(problem.stages[i], step.keep) for i in range(step.first, step.last + 1))
+        elif isinstance(step, Backward):
+            stage = problem.stages[step.block]
+            if step.how == "saved":
+                total += stage.backward_seconds
+            elif step.how == "recompute":
+                assert stage.recompute_seconds is not None
+                total += stage.recompute_seconds
+            else:
+                total += next(way.seconds for way in stage.ways if way.how == step.how)
+        elif isinstance(step, Offload | Fetch):
+            assert problem.offload_seconds_per_byte is not None
+            total += z[step.index] * problem.offload_seconds_per_byte
+    return total
+
+
+def peak_of(problem: Problem, steps: Steps) -> int:
+    """Most bytes at once, z[0] left out because it is the caller's."""
+    size, count = problem.activation_bytes, len(problem.stages)
+    holders = {i: 0 for i in range(count + 1)}
+    holders[0] = 1
+    named, graphs, gradient, trained, hosted = {0}, dict[int, list[int]](), None, 0, set[int]()
+    peak = 0
+
+    def level() -> int:
+        kept = sum(size[i] for i, number in holders.items() if number and i > 0)
+        saved = sum(problem.stages[i].saved_bytes for i in graphs)
+        return kept + saved + trained + (size[gradient] if gradient is not None else 0)
+
+    def drop(i: int) -> None:
+        named.discard(i)
+        holders[i] -= 1
+
+    def run(i: int, keep: str) -> None:
+        nonlocal peak
+        stage = problem.stages[i]
+        assert i in named
+        extra = {"all": stage.forward_all_bytes, "input": stage.forward_bytes, "nothing": stage.dropping_bytes}[keep]
+        peak = max(peak, level() + extra)
+        if keep == "nothing":
+            drop(i)
+        if i + 1 not in named:
+            named.add(i + 1)
+            holders[i + 1] += 1
+        if keep == "all":
+            graphs[i] = [i] * stage.keeps_input + [i + 1] * stage.keeps_output
+            for held in graphs[i]:
+                holders[held] += 1
+
+    for step in steps:
+        if isinstance(step, Forward):
+            run(step.block, step.keep)
+        elif isinstance(step, Recompute):
+            for i in range(step.first, step.last + 1):
+                run(i, step.keep)
+        elif isinstance(step, Head):
+            peak = max(peak, level() + problem.head_bytes)
+            gradient = count
+        elif isinstance(step, Free):
+            drop(step.index)
+        elif isinstance(step, Offload):
+            drop(step.index)
+            hosted.add(step.index)
+        elif isinstance(step, Fetch):
+            hosted.remove(step.index)
+            named.add(step.index)
+            holders[step.index] += 1
+        elif isinstance(step, Backward):
+            stage = problem.stages[step.block]
+            assert gradient == step.block + 1
+            if step.how == "saved":
+                peak = max(peak, level() + stage.backward_bytes)
+                for held in graphs.pop(step.block):
+                    holders[held] -= 1
+            elif step.how == "recompute":
+                assert step.block in named
+                peak = max(peak, level() + stage.recompute_bytes)
+            else:
+                way = next(way for way in stage.ways if way.how == step.how)
+                peak = max(peak, level() + way.peak_bytes)
+                drop(step.block + 1)
+                assert step.block not in named
+                named.add(step.block)
+                holders[step.block] += 1
+            if problem.gradients_stay:
+                trained += stage.gradient_bytes
+            gradient = step.block
+        peak = max(peak, level())
+    assert gradient == 0
+    return peak

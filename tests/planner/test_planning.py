@@ -1,0 +1,130 @@
+"""Plans of real networks: they fit by measurement, train as plain autograd does, and say why."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import edgetrain
+from edgetrain.errors import BudgetError, ModelError, UsageError
+from edgetrain.memory import Times, measure_costs, predicted_times, trace_step
+from edgetrain.memory.rates import OperatorRates
+from edgetrain.planner import Plan
+from edgetrain.units import format_mib
+
+RATES = OperatorRates({64: 5e10}, 1e10, 6e9, 5e-6, 0.0, "round numbers")
+SHAPE = (3, 16, 16)
+
+
+def convolutions(count: int = 12) -> nn.Sequential:
+    """A plain chain without batch norm."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 8, 3, padding=1)]
+    for _ in range(count):
+        layers += [nn.Conv2d(8, 8, 3, padding=1), nn.GELU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+
+
+def networks() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    return {
+        "hybrid": edgetrain.create_model("hybrid18", width=8, blocks=(1, 1, 1, 1), slope=0.2),
+        "layerwise": edgetrain.create_model("layerwise18", width=8, blocks=(2, 2, 2, 1), slope=0.2),
+        "revnet": edgetrain.create_model("revnet18", widths=(8, 16, 24, 32)),
+        "resnet": edgetrain.create_model("resnet20"),
+        "convolutions": convolutions(),
+    }
+
+
+@functools.cache
+def times_of(name: str, batch_size: int) -> Times:
+    return predicted_times(measure_costs(networks()[name], input_shape=SHAPE, batch_size=batch_size), RATES)
+
+
+@functools.cache
+def plan_of(name: str, budget: int | None = None, **options: Any) -> Plan:
+    times = times_of(name, 8)
+    return edgetrain.plan(networks()[name], input_shape=SHAPE, batch_size=8, budget=budget, times=times, **options)
+
+
+@pytest.mark.parametrize("name", networks())
+@pytest.mark.parametrize("place", [0.0, 0.3, 0.7])
+def test_fits_by_trace_and_trains_as_autograd_does(name: str, place: float) -> None:
+    """``place``: where the budget is between the leanest plan and keeping everything."""
+    model = networks()[name]
+    keep_all = plan_of(name)
+    assert set(keep_all.modes) == {"store"}
+    assert keep_all.costed is not None
+    least = keep_all.costed.front[0][0]
+    budget = round(least + place * (keep_all.peak_bytes - least))
+    plan = plan_of(name, budget)
+    assert plan.costed is not None
+    assert plan.peak_bytes <= budget
+    assert keep_all.step_seconds <= plan.step_seconds * (1 + 1e-6)
+    assert plan.costed.bound_seconds <= plan.step_seconds * (1 + 1e-6)
+
+    trace = trace_step(model, input_shape=SHAPE, batch_size=8, wrap=lambda module: edgetrain.wrap(module, plan))
+    traced = edgetrain.memory.timeline(trace, "cpu").peak_bytes
+    assert traced == plan.peak_bytes, plan.program.table()
+
+    plain, planned = copy.deepcopy(model).double(), copy.deepcopy(model).double()
+    x, labels = torch.randn(8, *SHAPE, dtype=torch.double), torch.randint(0, 10, (8,))
+    F.cross_entropy(plain(x), labels).backward()
+    F.cross_entropy(edgetrain.wrap(planned, plan)(x), labels).backward()
+    for (parameter, own), other in zip(planned.named_parameters(), plain.parameters(), strict=True):
+        assert own.grad is not None
+        assert other.grad is not None
+        scale = other.grad.abs().max().clamp_min(1e-12)
+        assert ((own.grad - other.grad).abs().max() / scale) < 1e-10, parameter
+    for own, other in zip(planned.buffers(), plain.buffers(), strict=True):
+        assert torch.allclose(own, other, rtol=1e-10, atol=1e-13)
+
+
+def test_less_memory_never_costs_less_time() -> None:
+    front = plan_of("convolutions").costed.front  # type: ignore[union-attr]
+    assert len(front) > 3
+    assert all(a < b for a, b in zip([p for p, _ in front], [p for p, _ in front[1:]], strict=False))
+    assert all(a > b for a, b in zip([s for _, s in front], [s for _, s in front[1:]], strict=False))
+
+
+def test_a_budget_that_nothing_fits_names_the_least_and_changes_that_do() -> None:
+    costed = plan_of("resnet").costed
+    assert costed is not None
+    least = costed.front[0][0]
+    with pytest.raises(BudgetError) as raised:
+        plan_of("resnet", int(0.9 * least))
+    assert format_mib(least) in raised.value.expected
+    assert "--budget" in raised.value.action
+
+
+def test_goes_through_json_without_loss_and_explains_every_block() -> None:
+    plan = plan_of("hybrid", int(0.8 * plan_of("hybrid").peak_bytes))
+    assert Plan.from_json(plan.to_json()) == plan
+    text = plan.explain()
+    assert all(name in text for name in plan.program.names)
+    assert "not uniform keep_all" in text
+
+
+def test_micro_batches_only_where_they_are_exact_or_asked_for() -> None:
+    with pytest.raises(UsageError, match="batch norm"):
+        plan_of("resnet", micro_batches=2)
+    assert plan_of("resnet", micro_batches=2, allow_ghost_batchnorm=True).micro_batches == 2
+    parts = plan_of("convolutions", int(0.3 * plan_of("convolutions").peak_bytes))
+    assert parts.micro_batches > 1
+    assert parts.input_shape == (8, *SHAPE)
+
+
+def test_a_plan_for_another_model_is_refused_with_the_difference() -> None:
+    plan = plan_of("hybrid")
+    with pytest.raises(ModelError, match="plan"):
+        edgetrain.wrap(networks()["resnet"], plan)
+
+
+def test_same_input_same_plan() -> None:
+    budget = int(0.9 * plan_of("layerwise").peak_bytes)
+    assert plan_of("layerwise", budget) == plan_of.__wrapped__("layerwise", budget)

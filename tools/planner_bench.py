@@ -1,0 +1,265 @@
+"""Plans against torch's checkpointing and against keeping everything, at fractions of the keep-all peak, paired.
+
+For each network: the peak of a step of plain autograd (weights, gradients, momentum and batch included) is 100 %. At
+each fraction of it the planner makes a plan with block times measured here; its peak is measured at the allocator, its
+time in rounds in which every contestant runs one step. Contestants: keep all, torch.utils.checkpoint with every number
+of segments, torch.compile with activation_memory_budget where --compile asks for it. At each budget the fastest
+contestant whose measured peak fits is the peer.
+
+    python tools/planner_bench.py
+    python tools/planner_bench.py --networks hybrid18 resnet56 --rounds 7
+    python tools/planner_bench.py --out docs/results/planner_bench_cpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from environment import publish
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint_sequential
+
+import edgetrain
+from edgetrain.chain import chain_of
+from edgetrain.errors import BudgetError
+from edgetrain.memory import measure_peak, measured_times
+from edgetrain.memory.step import OPTIMIZERS
+
+FRACTIONS = (0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
+OPTIMIZER = "sgd"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, its batch and the side of its images."""
+
+    name: str
+    batch: int
+    size: int
+    timm: bool = False
+
+
+CASES = (
+    Case("hybrid18", 64, 32),
+    Case("layerwise18", 64, 32),
+    Case("resnet56", 64, 32),
+    Case("plain60", 32, 32),
+    Case("resnet50", 8, 96, timm=True),
+    Case("mobilenetv2_100", 16, 96, timm=True),
+    Case("densenet121", 8, 96, timm=True),
+)
+
+
+def plain60() -> nn.Module:
+    """Sixty 3x3 convolutions of 16 channels, each with a ReLU, and a classifier."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU()]
+    for _ in range(59):
+        layers += [nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+
+
+def build(case: Case) -> nn.Module:
+    """The network of ``case``, with weights of seed 0."""
+    torch.manual_seed(0)
+    if case.timm:
+        from timm_networks import create
+
+        return create(case.name)
+    return plain60() if case.name == "plain60" else edgetrain.create_model(case.name, num_classes=10)
+
+
+class Contestant:
+    """One way to run a training step, on a network of its own.
+
+    Attributes:
+        peak_bytes: measured at the allocator; weights, momentum and batch included.
+        seconds: of each timed step.
+    """
+
+    def __init__(
+        self, name: str, model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor
+    ) -> None:
+        self.name, self._model, self._forward, self._x, self._labels = name, model, forward, x, labels
+        self._optimizer = OPTIMIZERS[OPTIMIZER](model.parameters())
+        self.seconds: list[float] = []
+        self.peak_bytes = 0
+
+    def step(self) -> None:
+        """One training step; gradients are gone before it."""
+        F.cross_entropy(self._forward(self._x), self._labels).backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def measure(self) -> None:
+        """The peak, over a step after a first one that makes the optimiser's state."""
+        self.step()
+        state = [t for s in self._optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]
+        tensors = [*self._model.parameters(), *self._model.buffers(), *state, self._x]
+        resident = sum(t.numel() * t.element_size() for t in tensors)
+        self.peak_bytes = resident + measure_peak(self.step).allocator_peak_bytes
+
+    def time(self) -> None:
+        """One timed step."""
+        gc.collect()
+        began = time.perf_counter()
+        self.step()
+        self.seconds.append(time.perf_counter() - began)
+
+
+def segmented(model: nn.Module, segments: int) -> Callable[[Tensor], Tensor]:
+    """Torch's checkpointing of the chain's blocks."""
+    blocks = nn.Sequential(*(block.module for block in chain_of(model).blocks))
+    return lambda x: checkpoint_sequential(blocks, segments, x, use_reentrant=False)
+
+
+def compiled(model: nn.Module, budget: float) -> Callable[[Tensor], Tensor]:
+    """torch.compile that keeps about ``budget`` of the activations."""
+    import torch._functorch.config as config
+
+    optimized = torch.compile(model)
+
+    def forward(x: Tensor) -> Tensor:
+        with config.patch(activation_memory_budget=budget):
+            return optimized(x)  # type: ignore[no-any-return]
+
+    return forward
+
+
+def run(case: Case, rounds: int, *, compile_budgets: list[float]) -> list[dict[str, Any]]:
+    """A row per fraction."""
+    model = build(case)
+    shape = (3, case.size, case.size)
+    x, labels = torch.randn(case.batch, *shape), torch.zeros(case.batch, dtype=torch.long)
+
+    def contestant(name: str, make: Callable[[nn.Module], Callable[[Tensor], Tensor]]) -> Contestant:
+        own = copy.deepcopy(model)
+        made = Contestant(name, own, make(own), x, labels)
+        made.measure()
+        return made
+
+    keep_all = contestant("keep all", lambda own: own)
+    count = len(chain_of(model).blocks)
+    peers = [keep_all]
+    for segments in range(1, count + 1):
+        peers.append(contestant(f"checkpoint, {segments} segments", lambda own, n=segments: segmented(own, n)))  # type: ignore[misc]
+        peers[-1].time()
+    peers += [contestant(f"compile, {budget}", lambda own, b=budget: compiled(own, b)) for budget in compile_budgets]  # type: ignore[misc]
+    keep_all.time()
+
+    began = time.perf_counter()
+    times = measured_times(model, input_shape=shape, batch_size=case.batch, optimizer=OPTIMIZER, budget_s=20.0)
+    times_s = time.perf_counter() - began
+    rows: list[dict[str, Any]] = []
+    plans: list[Contestant | None] = []
+    for fraction in FRACTIONS:
+        budget = int(fraction * keep_all.peak_bytes)
+        row: dict[str, Any] = {"network": case.name, "batch": case.batch, "size": case.size, "budget": fraction}
+        row |= {"keep_all_bytes": keep_all.peak_bytes, "budget_bytes": budget, "times_s": times_s}
+        began = time.perf_counter()
+        try:
+            plan = edgetrain.plan(
+                model, input_shape=shape, batch_size=case.batch, budget=budget, optimizer=OPTIMIZER, times=times
+            )
+        except BudgetError as error:
+            plans.append(None)
+            rows.append(row | {"plan_s": time.perf_counter() - began, "infeasible": str(error)})
+            continue
+        row |= {"plan_s": time.perf_counter() - began, "predicted_bytes": plan.peak_bytes}
+        row |= {"predicted_s": plan.step_seconds, "summary": plan.summary().splitlines()[0]}
+        plans.append(contestant(f"plan {fraction:.0%}", lambda own, p=plan: edgetrain.wrap(own, p)))  # type: ignore[misc]
+        row["peak_bytes"] = plans[-1].peak_bytes
+        rows.append(row)
+
+    racing = _front(peers, [row["budget_bytes"] for row in rows])
+    runners = [*racing, *(plan for plan in plans if plan is not None)]
+    for runner in runners:
+        runner.seconds.clear()
+    for _ in range(rounds):
+        for runner in runners:
+            runner.time()
+    for row, plan_runner in zip(rows, plans, strict=True):
+        fitting = [peer for peer in racing if peer.peak_bytes <= row["budget_bytes"]]
+        best = min(fitting, key=lambda peer: statistics.median(peer.seconds), default=None)
+        row |= {"keep_all_s": statistics.median(keep_all.seconds), "peer": None if best is None else best.name}
+        if best is not None:
+            row |= {"peer_s": statistics.median(best.seconds), "peer_bytes": best.peak_bytes}
+        if plan_runner is not None:
+            row["seconds"] = statistics.median(plan_runner.seconds)
+            row["over_keep_all"] = _ratio(plan_runner, keep_all)
+            row["over_peer"] = None if best is None else _ratio(plan_runner, best)
+    return rows
+
+
+def _front(peers: list[Contestant], budgets: list[int]) -> list[Contestant]:
+    """Keep all, and for every budget the three that were fastest among those that fit."""
+    chosen = {id(peers[0]): peers[0]}
+    for budget in budgets:
+        fitting = [peer for peer in peers if peer.peak_bytes <= budget and peer.seconds]
+        for peer in sorted(fitting, key=lambda peer: min(peer.seconds))[:3]:
+            chosen[id(peer)] = peer
+    return list(chosen.values()) + [peer for peer in peers if peer.name.startswith("compile")]
+
+
+def _ratio(a: Contestant, b: Contestant) -> float:
+    """Median over the rounds."""
+    return statistics.median(one / other for one, other in zip(a.seconds, b.seconds, strict=True))
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row as text."""
+    head = f"{row['network']:<16} {row['budget']:>5.0%} {row['budget_bytes'] / 2**20:>7.1f} MiB"
+    peer = "no peer fits" if row["peer"] is None else f"{row['peer']} {row['peer_s']:.3f} s"
+    if "infeasible" in row:
+        return f"{head}  no plan fits; {peer}"
+    over_peer = "" if row["over_peer"] is None else f" plan/peer {row['over_peer']:.2f}"
+    return (
+        f"{head}  plan {row['peak_bytes'] / 2**20:.1f} MiB ({row['predicted_bytes'] / row['peak_bytes'] - 1:+.1%}) "
+        f"{row['seconds']:.3f} s (predicted {row['predicted_s']:.3f}) plan/keep all {row['over_keep_all']:.2f} | "
+        f"{peer}{over_peer} | {row['summary']}"
+    )
+
+
+def main() -> None:
+    """Measures, prints, writes; every network in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="*", default=[], help="names; all without it")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", nargs="*", type=float, default=[], help="budgets for torch.compile, like 0.5")
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    parser.add_argument("--out", type=Path, help="write the JSON document to this file too")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case is not None:
+        case = Case(**json.loads(arguments.case))
+        print(json.dumps(run(case, arguments.rounds, compile_budgets=arguments.compile)))
+        return
+    stream = sys.stderr if arguments.json else sys.stdout
+    rows: list[dict[str, Any]] = []
+    for case in CASES:
+        if arguments.networks and case.name not in arguments.networks:
+            continue
+        command = [sys.executable, __file__, "--rounds", str(arguments.rounds), "--case", json.dumps(vars(case))]
+        if arguments.compile:
+            command += ["--compile", *(str(budget) for budget in arguments.compile)]
+        answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        rows += json.loads(answer.splitlines()[-1])
+        for row in rows[-len(FRACTIONS) :]:
+            print(line(row), file=stream, flush=True)
+    publish(rows, out=arguments.out, as_json=arguments.json, seed=0)
+
+
+if __name__ == "__main__":
+    main()
