@@ -37,6 +37,7 @@ from edgetrain.chain import chain_of
 from edgetrain.errors import BudgetError
 from edgetrain.memory import measure_peak, measured_times
 from edgetrain.memory.step import OPTIMIZERS
+from edgetrain.planner import Planner
 
 FRACTIONS = (0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 OPTIMIZER = "sgd"
@@ -54,6 +55,7 @@ class Case:
 
 CASES = (
     Case("hybrid18", 64, 32),
+    Case("revnet18", 64, 32),
     Case("layerwise18", 64, 32),
     Case("resnet56", 64, 32),
     Case("plain60", 32, 32),
@@ -162,6 +164,7 @@ def run(case: Case, rounds: int, *, compile_budgets: list[float]) -> list[dict[s
     began = time.perf_counter()
     times = measured_times(model, input_shape=shape, batch_size=case.batch, optimizer=OPTIMIZER, budget_s=20.0)
     times_s = time.perf_counter() - began
+    planner = Planner(model, input_shape=shape, batch_size=case.batch, optimizer=OPTIMIZER, times=times)
     rows: list[dict[str, Any]] = []
     plans: list[Contestant | None] = []
     for fraction in FRACTIONS:
@@ -170,9 +173,7 @@ def run(case: Case, rounds: int, *, compile_budgets: list[float]) -> list[dict[s
         row |= {"keep_all_bytes": keep_all.peak_bytes, "budget_bytes": budget, "times_s": times_s}
         began = time.perf_counter()
         try:
-            plan = edgetrain.plan(
-                model, input_shape=shape, batch_size=case.batch, budget=budget, optimizer=OPTIMIZER, times=times
-            )
+            plan = planner.plan(budget)
         except BudgetError as error:
             plans.append(None)
             rows.append(row | {"plan_s": time.perf_counter() - began, "infeasible": str(error)})

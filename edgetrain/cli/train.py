@@ -6,12 +6,17 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
 from edgetrain.errors import DataError, UsageError, near_matches
 from edgetrain.units import format_mib, parse_size
+
+if TYPE_CHECKING:
+    from edgetrain.planner import Plan
+
+PLANNED = "planned"
 
 
 def train(
@@ -21,7 +26,13 @@ def train(
     device: Annotated[str | None, typer.Option(help="Device profile, like gtx750; gives the default budget.")] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 50,
     batch_size: Annotated[int, typer.Option(min=2)] = 512,
-    mode: Annotated[str, typer.Option(help="keep_all, recompute, invert or invert_layerwise.")] = "invert_layerwise",
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="planned: per block, the fastest that fits; or keep_all, recompute, invert, invert_layerwise."
+        ),
+    ] = PLANNED,
+    plan: Annotated[Path | None, typer.Option(help="A plan of edgetrain plan --out, in place of --mode.")] = None,
     image_size: Annotated[int | None, typer.Option(min=8, help="Side in pixels; images are resized.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak rate; default 0.4 per 512 samples.")] = None,
     limit_train: Annotated[int | None, typer.Option(min=1, help="Use that many training images.")] = None,
@@ -39,6 +50,7 @@ def train(
         epochs=epochs,
         batch_size=batch_size,
         mode=mode,
+        plan_file=plan,
         image_size=image_size,
         learning_rate=learning_rate,
         limit_train=limit_train,
@@ -59,6 +71,11 @@ def train(
     if result["broken_images"]:
         typer.echo(f"left out {result['broken_images']} broken images")
     against = "" if result["budget_bytes"] is None else f" of {format_mib(result['budget_bytes'])}"
+    if result["predicted_step_seconds"] is not None:
+        typer.echo(
+            f"step {1e3 * result['step_seconds']:.0f} ms, predicted {1e3 * result['predicted_step_seconds']:.0f} ms "
+            f"({result['step_seconds'] / result['predicted_step_seconds'] - 1:+.0%}, loading and decoding included)"
+        )
     typer.echo(f"peak memory {format_mib(result['peak_bytes'])}{against}; run in {out}")
 
 
@@ -84,6 +101,7 @@ def run_training(
     epochs: int,
     batch_size: int,
     mode: str,
+    plan_file: Path | None = None,
     image_size: int | None,
     learning_rate: float | None,
     limit_train: int | None,
@@ -100,11 +118,11 @@ def run_training(
     from edgetrain.planner import UniformMode
     from edgetrain.train import Recipe
     from edgetrain.train.capped import train_capped
-    from edgetrain.train.data import Loader, channel_statistics, open_source
+    from edgetrain.train.data import Loader, channel_statistics, open_source, sample_images
     from edgetrain.train.trial import EVALUATION_BATCH_SIZE
 
-    if mode not in get_args(UniformMode):
-        known = list(get_args(UniformMode))
+    known = [PLANNED, *get_args(UniformMode)]
+    if mode not in known:
         raise UsageError(
             found=f"--mode {mode}", expected="one of " + ", ".join(known), action=near_matches(mode, known)
         )
@@ -120,9 +138,14 @@ def run_training(
             raise
         test_source = None
     make_model = model_maker(model, num_classes=len(source.classes), in_channels=source.channels)
-    shape = (source.channels, *([image_size or default_image_size(source)] * 2))
-    input_shape = (shape[0], shape[1], shape[2])
+    side = image_size or default_image_size(source)
+    input_shape = (source.channels, side, side)
     batch_size = min(batch_size, len(source))
+    chosen: UniformMode | Plan | None = None if mode == PLANNED else cast(UniformMode, mode)
+    if plan_file is not None:
+        chosen = read_plan(plan_file, channels=source.channels, images=len(source))
+        batch_size, *shape = chosen.input_shape
+        input_shape = (shape[0], shape[1], shape[2])
     recipe = Recipe(epochs=epochs, batch_size=batch_size, peak_rate=learning_rate, seed=seed)
     mean, std = channel_statistics(source, input_shape, seed=seed)
     loaders: list[Loader] = []
@@ -138,11 +161,14 @@ def run_training(
         loaders.append(testing)
         return training, testing
 
+    sample = None if chosen is not None else sample_images(source, input_shape, mean, std, seed=seed)
+
     with TrainingProgress(budget_bytes=budget_bytes, quiet=quiet) as progress:
         run = train_capped(
             make_model,
             make_batches,
-            mode=cast(UniformMode, mode),
+            mode=chosen,
+            sample=sample,
             input_shape=input_shape,
             recipe=recipe,
             run_dir=out,
@@ -152,7 +178,9 @@ def run_training(
         )
     return {
         "model": model,
-        "mode": mode,
+        "mode": mode if plan_file is None else "plan",
+        "predicted_step_seconds": None if run.plan.costed is None else run.plan.costed.step_seconds,
+        "step_seconds": batch_size / run.history[-1].images_per_second,
         "classes": list(source.classes),
         "input_shape": list(input_shape),
         "batch_size": batch_size,
@@ -164,6 +192,33 @@ def run_training(
         "checkpoint": str(run.checkpoint),
         "normalisation": {"mean": [float(v) for v in mean], "std": [float(v) for v in std]},
     }
+
+
+def read_plan(path: Path, *, channels: int, images: int) -> Plan:
+    """The plan in ``path``, which says batch and image size.
+
+    Raises:
+        ModelError: it is none, or for other data.
+        UsageError: it is for more images than there are.
+    """
+    from edgetrain.errors import ModelError
+    from edgetrain.planner import Plan
+
+    plan = Plan.from_json(path.read_text())
+    batch_size, *shape = plan.input_shape
+    if len(shape) != 3 or shape[0] != channels:
+        raise ModelError(
+            found=f"a plan for samples of {'x'.join(map(str, shape))}",
+            expected=f"images of {channels} channels, which the data have",
+            action=f"make a plan with --input {channels}xHxW",
+        )
+    if batch_size > images:
+        raise UsageError(
+            found=f"a plan for batches of {batch_size} and {images} training images",
+            expected="one batch at least",
+            action=f"make a plan with --batch {images} or less",
+        )
+    return plan
 
 
 def default_image_size(source: Any) -> int:

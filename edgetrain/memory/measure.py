@@ -61,7 +61,7 @@ def measure_peak(
     if torch.device(device).type == "cuda":
         return _measure_cuda(fn, device, setup)
     profiler = _profiler()
-    with _muted():
+    with muted():
         profiler.__enter__()
     try:
         if setup is not None:
@@ -71,7 +71,7 @@ def measure_peak(
             result = fn()
         seconds = time.perf_counter() - began
     finally:
-        with _muted():
+        with muted():
             profiler.__exit__(None, None, None)
     del result
     recorded = profiler.kineto_results
@@ -108,17 +108,11 @@ def record_allocations(
     Bytes are above zero for an allocation and below for the free of a block that the same call allocated; the result
     of a call outlives it. Arguments are asked for one by one and dropped after their call.
     """
-    profiler = _profiler()
-    with _muted():
-        profiler.__enter__()
-    try:
+    with muted(), _profiler() as profiler:  # it warns of blocks that were there before
         for these in arguments:
             with record_function(_RANGE):
                 result = function(*these)
             del result, these
-    finally:
-        with _muted():
-            profiler.__exit__(None, None, None)
     recorded = profiler.kineto_results
     assert recorded is not None  # the profiler was stopped
     events, ranges = _memory_events(recorded.experimental_event_tree())
@@ -165,8 +159,8 @@ def _profiler() -> profile:
 
 
 @contextlib.contextmanager
-def _muted() -> Iterator[None]:
-    """Keeps what the profiler's library writes to the process's stderr, where it starts and stops, from the user."""
+def muted() -> Iterator[None]:
+    """Keeps what the profiler's library writes to the process's stderr from the user, and all else that goes there."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

@@ -25,7 +25,7 @@ from torch import nn
 from edgetrain.chain import Chain, chain_of
 from edgetrain.errors import UsageError
 from edgetrain.memory.fingerprint import fingerprint
-from edgetrain.memory.measure import measure_peak
+from edgetrain.memory.measure import measure_peak, muted
 from edgetrain.memory.step import Loss, OptimizerFactory, classification_loss, optimizer_factory
 from edgetrain.memory.stopwatch import Clock, Sample, Step, Stopwatch, copy_rate, head_seconds, sequences
 from edgetrain.memory.times import BlockTimes, Times
@@ -153,7 +153,8 @@ class _Course:
             spent += time.perf_counter() - began
             weights = sum(p.nbytes for p in self._chain.blocks[kind.i].module.parameters())
             run = functools.partial(self._run, kind)  # first as the setup: what a module holds is replaced
-            need = measure_peak(run, setup=run, device=kind.x.device).allocator_peak_bytes
+            with muted():  # the profiler warns of blocks that were there before
+                need = measure_peak(run, setup=run, device=kind.x.device).allocator_peak_bytes
             per_sample = max(1, need - weights) // few  # a gradient is as large as its weight
             fitting = min(fitting, (memory_bytes - 2 * weights) // max(1, per_sample))
         quick = int(few * seconds / ((1 + _ROUNDS[0]) * spent)) if spent else batch_size

@@ -1,6 +1,6 @@
 """Which block keeps, recomputes or inverts: plans and the programs that follow from them."""
 
-from edgetrain.planner.planning import plan
+from edgetrain.planner.planning import Planner, plan
 from edgetrain.planner.plans import Alternative, Costed, Plan, uniform_plan
 from edgetrain.planner.schedule import schedule
 from edgetrain.planner.search import Candidate, Search
@@ -11,6 +11,7 @@ __all__ = [
     "Candidate",
     "Costed",
     "Plan",
+    "Planner",
     "Search",
     "UniformMode",
     "plan",

@@ -16,16 +16,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from edgetrain.errors import BudgetError
 from edgetrain.models import create_model
 from edgetrain.nn.slices import SLICE_BYTES
-from edgetrain.planner import UniformMode, uniform_plan
+from edgetrain.planner import Plan, UniformMode, uniform_plan
 from edgetrain.runtime import wrap
 from edgetrain.targets import Target, return_large_blocks, select_target
 from edgetrain.train.advice import CHANGES, Change, advise
 from edgetrain.train.data.prefetch import ready_thread
+from edgetrain.train.planned import LEAN, planned
 from edgetrain.train.recipe import Recipe
 from edgetrain.train.trainer import Batches, EpochRecord, StepRecord, Trainer
 from edgetrain.units import format_mib
@@ -39,6 +40,7 @@ class CappedRun:
 
     Attributes:
         model: trained.
+        plan: of its steps.
         history: a record per epoch.
         peak_bytes: the most that the run added to the process (CPU) or to the allocator (CUDA).
         budget_bytes: the cap, None where none was asked for.
@@ -46,6 +48,7 @@ class CappedRun:
     """
 
     model: nn.Module
+    plan: Plan
     history: list[EpochRecord]
     peak_bytes: int
     budget_bytes: int | None
@@ -56,7 +59,7 @@ def train_capped(
     make_model: ModelMaker,
     make_batches: Callable[[], tuple[Batches, Batches | None]],
     *,
-    mode: UniformMode,
+    mode: UniformMode | Plan | None,
     input_shape: tuple[int, int, int],
     recipe: Recipe,
     run_dir: Path,
@@ -64,32 +67,69 @@ def train_capped(
     device: str = "cpu",
     on_step: Callable[[StepRecord, Target], None] | None = None,
     changes: Collection[Change] = CHANGES,
+    sample: Tensor | None = None,
 ) -> CappedRun:
     """Trains and evaluates inside ``budget_bytes``.
 
     Args:
         make_model: makes the network; called inside the cap.
         make_batches: makes training and test data, likewise.
+        mode: the same for all blocks, or a plan; None: the fastest plan that stays inside the budget.
         input_shape: (c, h, w).
         on_step: gets the record of each step and the target, whose memory it may read.
         changes: what an error may advise.
+        sample: some images (n, c, h, w), for a plan.
 
     Raises:
         BudgetError: the budget does not even hold the weights, or the cap was hit; names what would fit.
     """
+
+    def change(uniform: UniformMode, allowed: Collection[Change]) -> str:
+        assert budget_bytes is not None
+        with ThreadPoolExecutor(1) as fresh:  # oneDNN remembers a failed allocation for as long as its thread lives
+            return fresh.submit(
+                advise,
+                make_model,
+                mode=uniform,
+                input_shape=input_shape,
+                batch_size=recipe.batch_size,
+                budget_bytes=budget_bytes,
+                device=device,
+                changes=allowed,
+            ).result()
+
     target = select_target(device)
     if budget_bytes is not None:
         # blocks larger than a slice go back to the kernel when they are freed: no holes that count and serve nobody
         return_large_blocks(2 * SLICE_BYTES)
     warm_up(device)
     if budget_bytes is not None:
-        check_budget(make_model, mode, input_shape, budget_bytes)
+        check_budget(make_model, budget_bytes)
+    how: UniformMode | Plan | None = mode
+    if how is None:
+        how = planned(
+            make_model,
+            input_shape=input_shape,
+            recipe=recipe,
+            budget_bytes=budget_bytes,
+            device=device,
+            sample=sample,
+        )
+    if how is None:
+        assert budget_bytes is not None
+        raise BudgetError(
+            found=f"a budget of {format_mib(budget_bytes)}, within which not even the leanest plan ran in a trial",
+            expected=f"a step of {recipe.batch_size} samples of {'x'.join(map(str, input_shape))} to fit",
+            action=change(LEAN, {*changes} - {"--mode"}),
+        )
     target.start()
     with _capped(target, budget_bytes):
         try:
             torch.manual_seed(recipe.seed)
             model = make_model()
-            plan = uniform_plan(model, mode, input_shape=input_shape, batch_size=recipe.batch_size)
+            plan = how
+            if isinstance(plan, str):
+                plan = uniform_plan(model, plan, input_shape=input_shape, batch_size=recipe.batch_size)
             batches, test_batches = make_batches()
             trainer = Trainer(
                 model,
@@ -100,28 +140,18 @@ def train_capped(
                 on_step=None if on_step is None else lambda record: on_step(record, target),
             )
             history = trainer.fit(batches, test_batches)
-            return CappedRun(model, history, target.peak_bytes(), budget_bytes, trainer.checkpoint)
+            return CappedRun(model, plan, history, target.peak_bytes(), budget_bytes, trainer.checkpoint)
         except Exception as error:
             if budget_bytes is None or not target.is_out_of_memory(error):
                 raise
             peak_bytes, reason = target.peak_bytes(), str(error).splitlines()[0]
     # outside the handler, so that the failed step's tensors are gone before anything is measured
     gc.collect()
-    with ThreadPoolExecutor(1) as fresh:  # oneDNN remembers a failed allocation for as long as its thread lives
-        change = fresh.submit(
-            advise,
-            make_model,
-            mode=mode,
-            input_shape=input_shape,
-            batch_size=recipe.batch_size,
-            budget_bytes=budget_bytes,
-            device=device,
-            changes=changes,
-        ).result()
+    words = f"in mode {how}" if isinstance(how, str) else "by its plan"
     raise BudgetError(
         found=f"the budget of {format_mib(budget_bytes)} was used up at {format_mib(peak_bytes)} ({reason})",
-        expected=f"a step of {recipe.batch_size} samples of {'x'.join(map(str, input_shape))} in mode {mode} to fit",
-        action=change,
+        expected=f"a step of {recipe.batch_size} samples of {'x'.join(map(str, input_shape))} {words} to fit",
+        action=change(how if isinstance(how, str) else LEAN, changes),
     )
 
 
@@ -138,9 +168,7 @@ def warm_up(device: str) -> None:
     ready_thread()
 
 
-def check_budget(
-    make_model: ModelMaker, mode: UniformMode, input_shape: tuple[int, int, int], budget_bytes: int
-) -> None:
+def check_budget(make_model: ModelMaker, budget_bytes: int) -> None:
     """Refuses a budget that does not hold weights, gradients and momentum, before anything is allocated.
 
     Raises:

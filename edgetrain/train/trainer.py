@@ -203,7 +203,7 @@ class Trainer:
             loss.backward()
             hits += int((logits.detach().argmax(1) == some_labels).sum())
         self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=False)
+        self._optimizer.zero_grad(set_to_none=True)
         self._step += 1
         return value, hits
 

@@ -28,7 +28,7 @@ from torch import nn
 from edgetrain.errors import BudgetError
 from edgetrain.models import create_model
 from edgetrain.nn.slices import SLICE_BYTES
-from edgetrain.planner import UniformMode, uniform_plan
+from edgetrain.planner import Plan, UniformMode, uniform_plan
 from edgetrain.targets import return_large_blocks, select_target
 from edgetrain.train.data.normalise import normalised
 from edgetrain.train.data.prefetch import prefetched
@@ -50,11 +50,12 @@ class Trial:
     """A training step with a budget.
 
     Attributes:
+        plan: one mode for all blocks, or a plan.
         input_shape: (c, h, w).
     """
 
     make_model: Callable[[], nn.Module]
-    mode: UniformMode
+    plan: UniformMode | Plan
     input_shape: tuple[int, int, int]
     batch_size: int
     budget_bytes: int
@@ -187,7 +188,9 @@ def _train(trial: Trial) -> None:
     n, shape = trial.batch_size, trial.input_shape
     tested = min(n, EVALUATION_BATCH_SIZE)
     model = trial.make_model().to(trial.device)
-    plan = uniform_plan(model, trial.mode, input_shape=shape, batch_size=n)
+    plan = trial.plan
+    if isinstance(plan, str):
+        plan = uniform_plan(model, plan, input_shape=shape, batch_size=n)
     # of no rate: a network that diverges says nothing of memory
     recipe = Recipe(epochs=1, batch_size=n, peak_rate=0.0)
     with tempfile.TemporaryDirectory(prefix="edgetrain-trial-") as folder:

@@ -30,7 +30,8 @@ def misfit(num_classes):
 def raises(): raise ValueError("of its own")
 """
 TINY = ["--limit-train", "64", "--limit-test", "32", "--image-size", "16", "--batch-size", "16", "--epochs", "1"]
-DIGITS = ["train", "--data", "digits", *TINY, "--quiet", "--out", "run", "--model", "bad_input_models:net"]
+NET = ["--quiet", "--out", "run", "--model", "bad_input_models:net"]
+DIGITS = ["train", "--data", "digits", *TINY, *NET, "--mode", "invert_layerwise"]
 COMMAND = [sys.executable, "-m", "edgetrain.cli.main"]
 
 

@@ -20,8 +20,8 @@ make = functools.partial(create_model, "hybrid18", in_channels=1, width=8)
 def test_budget_below_the_weights():
     needed = 3 * sum(p.numel() * 4 for p in make().parameters())
     with pytest.raises(BudgetError, match="before any activation"):
-        check_budget(make, "invert_layerwise", (1, 16, 16), needed)
-    check_budget(make, "invert_layerwise", (1, 16, 16), 2 * needed)
+        check_budget(make, needed)
+    check_budget(make, 2 * needed)
 
 
 @pytest.mark.parametrize("most", [0, 2, 3, 17, 40, 99, 100])

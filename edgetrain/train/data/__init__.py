@@ -4,9 +4,9 @@
 """
 
 from edgetrain.train.data.loader import Loader
-from edgetrain.train.data.normalise import channel_statistics
+from edgetrain.train.data.normalise import channel_statistics, sample_images
 from edgetrain.train.data.opening import open_source
 from edgetrain.train.data.source import BrokenImage, Source, Split
 from edgetrain.train.data.subset import Subset
 
-__all__ = ["BrokenImage", "Loader", "Source", "Split", "Subset", "channel_statistics", "open_source"]
+__all__ = ["BrokenImage", "Loader", "Source", "Split", "Subset", "channel_statistics", "open_source", "sample_images"]

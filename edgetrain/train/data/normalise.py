@@ -57,6 +57,21 @@ def channel_statistics(
     return mean / 255, np.maximum(np.sqrt(variance) / 255, SMALLEST_STD)
 
 
+def sample_images(
+    source: Source, image_size: ImageSize, mean: npt.ArrayLike, std: npt.ArrayLike, *, count: int = 32, seed: int = 0
+) -> Tensor:
+    """Some images (n, c, h, w) as the model sees them, chosen by ``seed``; broken ones are left out."""
+    images = []
+    for index in np.random.default_rng(seed).permutation(len(source)):
+        try:
+            images.append(fit_image(source.decode(int(index)), image_size).transpose(2, 0, 1))  # (c, h, w)
+        except BrokenImage:
+            continue
+        if len(images) == count:
+            break
+    return normalised(np.stack(images), np.asarray(mean), np.asarray(std))
+
+
 def check_statistic(values: npt.ArrayLike | None, channels: int, name: str, *, default: float) -> Statistic:
     """``values`` as (c,), or ``default`` repeated.
 
