@@ -33,6 +33,9 @@ def train(
         ),
     ] = PLANNED,
     plan: Annotated[Path | None, typer.Option(help="A plan of edgetrain plan --out, in place of --mode.")] = None,
+    update_in_backward: Annotated[
+        bool, typer.Option("--update-in-backward", help="A plan that steps the optimiser block by block.")
+    ] = False,
     image_size: Annotated[int | None, typer.Option(min=8, help="Side in pixels; images are resized.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak rate; default 0.4 per 512 samples.")] = None,
     limit_train: Annotated[int | None, typer.Option(min=1, help="Use that many training images.")] = None,
@@ -51,6 +54,7 @@ def train(
         batch_size=batch_size,
         mode=mode,
         plan_file=plan,
+        update_in_backward=update_in_backward,
         image_size=image_size,
         learning_rate=learning_rate,
         limit_train=limit_train,
@@ -102,6 +106,7 @@ def run_training(
     batch_size: int,
     mode: str,
     plan_file: Path | None = None,
+    update_in_backward: bool = False,
     image_size: int | None,
     learning_rate: float | None,
     limit_train: int | None,
@@ -125,6 +130,12 @@ def run_training(
     if mode not in known:
         raise UsageError(
             found=f"--mode {mode}", expected="one of " + ", ".join(known), action=near_matches(mode, known)
+        )
+    if update_in_backward and (mode != PLANNED or plan_file is not None):
+        raise UsageError(
+            found="--update-in-backward with --mode or --plan",
+            expected="one that a plan is made for",
+            action="leave --mode and --plan out, or make the plan with --update-in-backward",
         )
     if learning_rate is not None and not 0 < learning_rate < math.inf:
         raise UsageError(
@@ -169,6 +180,7 @@ def run_training(
             make_batches,
             mode=chosen,
             sample=sample,
+            update_in_backward=update_in_backward,
             input_shape=input_shape,
             recipe=recipe,
             run_dir=out,

@@ -68,6 +68,7 @@ def train_capped(
     on_step: Callable[[StepRecord, Target], None] | None = None,
     changes: Collection[Change] = CHANGES,
     sample: Tensor | None = None,
+    update_in_backward: bool = False,
 ) -> CappedRun:
     """Trains and evaluates inside ``budget_bytes``.
 
@@ -79,6 +80,7 @@ def train_capped(
         on_step: gets the record of each step and the target, whose memory it may read.
         changes: what an error may advise.
         sample: some images (n, c, h, w), for a plan.
+        update_in_backward: whether that plan steps the optimiser block by block.
 
     Raises:
         BudgetError: the budget does not even hold the weights, or the cap was hit; names what would fit.
@@ -114,6 +116,7 @@ def train_capped(
             budget_bytes=budget_bytes,
             device=device,
             sample=sample,
+            update_in_backward=update_in_backward,
         )
     if how is None:
         assert budget_bytes is not None

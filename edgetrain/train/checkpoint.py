@@ -69,19 +69,22 @@ def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview]) 
 
 
 def save_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, epoch: int, step: int
+    path: Path, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = (), *, epoch: int, step: int
 ) -> None:
     """Writes weights, buffers and momentum of ``model`` to ``path``.
+
+    Args:
+        optimizers: that have the momentum, each of some of the parameters.
 
     Raises:
         StorageError: see :func:`write_atomically`.
     """
     tensors = {f"model.{name}": value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    if optimizer is not None:
-        for name, parameter in model.named_parameters():
-            buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
-            if isinstance(buffer, Tensor):
-                tensors[f"momentum.{name}"] = buffer.detach().cpu().contiguous()
+    states = {parameter: state for optimizer in optimizers for parameter, state in optimizer.state.items()}
+    for name, parameter in model.named_parameters():
+        buffer = states.get(parameter, {}).get("momentum_buffer")
+        if isinstance(buffer, Tensor):
+            tensors[f"momentum.{name}"] = buffer.detach().cpu().contiguous()
     metadata = {"format": FORMAT_VERSION, "epoch": str(epoch), "step": str(step)}
     write_atomically(path, _serialise(tensors, metadata))
 

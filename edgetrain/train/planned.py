@@ -37,6 +37,7 @@ def planned(
     budget_bytes: int | None,
     device: str = "cpu",
     sample: Tensor | None = None,
+    update_in_backward: bool = False,
 ) -> Plan | None:
     """The fastest plan whose run stays inside ``budget_bytes``; None where not even the leanest does.
 
@@ -44,6 +45,7 @@ def planned(
         make_model: makes the network.
         input_shape: (c, h, w).
         sample: some images (n, c, h, w), on which the noise of inversions is measured; None: random numbers.
+        update_in_backward: step the optimiser of each block as soon as its gradients are there.
     """
     torch.manual_seed(recipe.seed)
     model = make_model().to(device)
@@ -53,6 +55,7 @@ def planned(
         input_shape=input_shape,
         batch_size=recipe.batch_size,
         optimizer=recipe.optimizer,
+        update_in_backward=update_in_backward,
         noise=None if sample is None else measure_noise(model, sample),
     )
     if budget_bytes is None:
@@ -78,7 +81,13 @@ def planned(
                 break
             target = max(least_bytes, int(_SMALLER * plan.peak_bytes))
         if found is None:  # what is leanest for the allocator need not be so for the process
-            plan = uniform_plan(model, LEAN, input_shape=input_shape, batch_size=recipe.batch_size)
+            plan = uniform_plan(
+                model,
+                LEAN,
+                input_shape=input_shape,
+                batch_size=recipe.batch_size,
+                update_in_backward=update_in_backward,
+            )
             found = plan if trials.fits(trial(plan)) else None
     del model, planner
     release_free_memory()

@@ -117,8 +117,11 @@ class Trainer:
         self.device = torch.device(device)
         self.history: list[EpochRecord] = []
         self._on_step = on_step
-        self._net = wrap(self.model, plan)
-        self._optimizer = self.recipe.optimizer(p for p in self.model.parameters() if p.requires_grad)
+        self._net = wrap(self.model, plan, optimizer=self.recipe.optimizer)
+        # those of the blocks, which the plan steps in the backward pass, or one that steps after it
+        self._optimizers: list[torch.optim.Optimizer] = list(self._net.optimizers.values())
+        self._last = None if self._optimizers else self.recipe.optimizer(_trained(self.model))
+        self._optimizers += [] if self._last is None else [self._last]
         self._step = 0
 
     @property
@@ -160,7 +163,7 @@ class Trainer:
         Raises:
             StorageError: the disk is full or refuses; the state saved before is intact.
         """
-        save_checkpoint(self.checkpoint, self.model, self._optimizer, epoch=epoch, step=self._step)
+        save_checkpoint(self.checkpoint, self.model, self._optimizers, epoch=epoch, step=self._step)
 
     def _train_epoch(
         self, epoch: int, batches: Batches, test_batches: Iterable[Batch] | None, interrupt: _FinishStep
@@ -185,8 +188,9 @@ class Trainer:
         )
 
     def _train_step(self, images: Tensor, labels: Tensor, total: int, epoch: int) -> tuple[float, int]:
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.recipe.rate(self._step, total)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.recipe.rate(self._step, total)
         value, hits = 0.0, 0
         part = -(-len(labels) // self.plan.micro_batches)
         for some_images, some_labels in zip(images.split(part), labels.split(part), strict=True):
@@ -202,8 +206,9 @@ class Trainer:
                 )
             loss.backward()
             hits += int((logits.detach().argmax(1) == some_labels).sum())
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        if self._last is not None:
+            self._last.step()
+            self._last.zero_grad(set_to_none=True)
         self._step += 1
         return value, hits
 
@@ -220,6 +225,10 @@ class Trainer:
     def _write_metrics(self) -> None:
         lines = "".join(json.dumps(asdict(record)) + "\n" for record in self.history)
         write_atomically(self.run_dir / "metrics.jsonl", lines.encode())
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 @torch.no_grad()

@@ -75,3 +75,15 @@ def test_trains_by_a_plan_from_a_file(capsys: pytest.CaptureFixture[str], tmp_pa
     capsys.readouterr()
     assert run([*TRAIN, "--plan", str(colours), "--quiet", "--out", str(out)]) == 3
     assert "1 channels" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the cap needs Linux")
+def test_steps_block_by_block_give_the_same_training(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    records = []
+    for name, options in (("after", ["--mode", "keep_all"]), ("within", ["--update-in-backward"])):
+        out = tmp_path / name
+        assert run([*TRAIN, "--batch-size", "16", *options, "--json", "--quiet", "--out", str(out)]) == 0
+        records.append(json.loads(capsys.readouterr().out)["history"][-1])
+    assert records[0]["loss"] == pytest.approx(records[1]["loss"], rel=1e-4)
+    text = (tmp_path / "within" / "plan.json").read_text()
+    assert '"update"' in text
