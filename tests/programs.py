@@ -81,6 +81,8 @@ class _Writer:
         modes: list[tuple[Keep, How]] = [("all", "saved")]
         if block.allows("recompute"):
             modes.append(("input", "recompute"))
+        if block.allows("selective"):
+            modes += [("products", "selective")] * 2
         for how in ("invert", "invert_layerwise"):
             if block.allows(how):
                 modes += [("nothing", how), ("input", how)]

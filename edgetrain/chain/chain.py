@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgetrain.chain.cutting import Cutter
@@ -24,7 +25,7 @@ from edgetrain.chain.segment import Note, Segment, join
 from edgetrain.errors import ModelError
 from edgetrain.nn import Invertible
 
-Mode = Literal["store", "recompute", "invert", "invert_layerwise"]
+Mode = Literal["store", "selective", "recompute", "invert", "invert_layerwise"]
 """How a block's backward pass comes by its activations."""
 
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -167,6 +168,7 @@ def _blocks(model: nn.Module) -> Iterator[Block]:
         refusals = _refusals(part.module)
         if i == 0 and part.overwrites:
             refusals["recompute"] = "it overwrites its input, from which it would be recomputed"
+            refusals.setdefault("selective", refusals["recompute"])
         yield Block(name, part.module, refusals, part.uncut)
 
 
@@ -225,9 +227,14 @@ def _leaves(path: str, module: nn.Module) -> Iterator[str]:
 
 
 def _refusals(module: nn.Module) -> dict[Mode, str]:
+    refusals: dict[Mode, str] = {}
+    if any(isinstance(inner, Invertible) for inner in module.modules()):
+        refusals["selective"] = "its invertible layers come by their activations in better ways"
+    elif not any(is_lazy(p) or p.dim() > 1 for p in module.parameters()):
+        refusals["selective"] = "no weights of a convolution or a matrix product, whose results could be kept"
     if not isinstance(module, Invertible):
         reason = f"{type(module).__name__} has no inverse"
-        return {"invert": reason, "invert_layerwise": reason}
+        return {**refusals, "invert": reason, "invert_layerwise": reason}
     if not module.layerwise:
-        return {"invert_layerwise": "the modules inside have no inverse, so their hidden activations must be held"}
-    return {}
+        refusals["invert_layerwise"] = "the modules inside have no inverse, so their hidden activations must be held"
+    return refusals

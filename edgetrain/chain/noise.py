@@ -98,12 +98,12 @@ class Noise:
     def snrs(self, modes: Sequence[Mode]) -> tuple[float, ...]:
         """Smallest SNR met in every block under one mode per block; infinite where nothing is inverted.
 
-        A block that is stored or recomputed starts from an exact input and ends a run.
+        A block that is stored or recomputed, all of it or in part, starts from an exact input and ends a run.
         """
         found, nsr = [], 0.0
         for mode, block in zip(reversed(modes), reversed(self.blocks), strict=True):
             met = 0.0
-            if mode == "store" or mode == "recompute":
+            if mode == "store" or mode == "selective" or mode == "recompute":
                 nsr = 0.0
             elif block is None:
                 nsr = met = float("inf")

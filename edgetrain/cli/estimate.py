@@ -20,7 +20,9 @@ def estimate(
     device: str = typer.Option("cpu", help="Profile, a name of edgetrain devices or a path."),
     optimizer: str = typer.Option("sgd", help="sgd, sgd-plain, adam, adamw, rmsprop, adagrad or none."),
     precision: str = typer.Option("fp32", help="fp32, bf16 or fp16: of weights, activations and gradients."),
-    mode: str = typer.Option("", help="keep_all, recompute, invert or invert_layerwise; without it plain autograd."),
+    mode: str = typer.Option(
+        "", help="keep_all, selective, recompute, invert or invert_layerwise; without it plain autograd."
+    ),
     num_classes: int = typer.Option(0, "--num-classes", min=0, help="Classes; 0 leaves the model's own number."),
     max_batch: bool = typer.Option(False, "--max-batch", help="Find the largest batch that fits."),
     measure: bool = typer.Option(False, "--measure", help="Run small batches for real, where a trace fails."),

@@ -29,7 +29,8 @@ def train(
     mode: Annotated[
         str,
         typer.Option(
-            help="planned: per block, the fastest that fits; or keep_all, recompute, invert, invert_layerwise."
+            help="planned: per block, the fastest that fits; or keep_all, selective, recompute, invert, "
+            "invert_layerwise."
         ),
     ] = PLANNED,
     plan: Annotated[Path | None, typer.Option(help="A plan of edgetrain plan --out, in place of --mode.")] = None,

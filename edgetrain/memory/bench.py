@@ -95,7 +95,7 @@ class Bench(Execution):
     ) -> Observation:
         """Runs ``step`` on new tensors in the place of z[i], z[i+1] and g[i+1]."""
         i = step.first if isinstance(step, Recompute) else step.block
-        operands = dict(self._stored) if key[0].startswith("backward saved") else {}
+        operands = dict(self._stored) if key[0].startswith(("backward saved", "backward selective")) else {}
         if x is not None:
             self._z[i] = x.make()
             operands["x"] = self._recorder.number_of(self._z[i])
@@ -129,6 +129,7 @@ class Bench(Execution):
 
     def _noted(self, i: int) -> tuple[Operand, ...]:
         storages = self._graphs[i].storages if i in self._graphs else set[int]()
+        storages = storages | (self._products[i].storages if i in self._products else set())
         named: list[tuple[Operand, Tensor | None]] = [("x", self._z.get(i)), ("y", self._z.get(i + 1))]
         return tuple(name for name, z in named if z is not None and z.untyped_storage()._cdata in storages)
 

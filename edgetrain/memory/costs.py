@@ -55,7 +55,15 @@ class BlockCosts:
     @property
     def saved_bytes(self) -> int:
         """What ``forward all`` leaves besides its output; its input does not count, held or not."""
-        effect = self.effects["forward all", None, None]
+        return self._left_by("forward all")
+
+    @property
+    def products_bytes(self) -> int:
+        """Likewise of ``forward products``, for a block that allows it."""
+        return self._left_by("forward products")
+
+    def _left_by(self, name: str) -> int:
+        effect = self.effect((name, None, None))
         return effect.net_bytes - sum(o.nbytes for o in effect.outputs if o.inside is None)
 
     def effect(self, key: Key) -> Effect:

@@ -22,9 +22,10 @@ Layout = tuple[int, ...] | None
 Key = tuple[str, Layout, Layout]
 """An instruction as a block sees it, with the layouts of z[i] and g[i+1] where they matter.
 
-- ``forward all``, ``forward input``, ``forward nothing``
+- ``forward all``, ``forward products``, ``forward input``, ``forward nothing``
 - ``recompute all after input``: after any first pass that leaves a record, one that keeps nothing included
 - ``backward saved after forward all``, ``backward saved after recompute all after input``
+- ``backward selective after forward products``, ``backward selective after recompute products after input``
 - ``backward recompute after input``, ``backward invert``, ``backward invert_layerwise``
 - ``update``
 """
@@ -75,8 +76,8 @@ class Effect:
     """What one instruction does to memory, and what it computes.
 
     Attributes:
-        kept: operands and outputs that the block goes on holding: what autograd saved, mostly.
-        noted: those that the executor knows to be saved, and will not overwrite.
+        kept: operands and outputs that the block goes on holding: what autograd saved, or a product's result.
+        noted: those that the executor knows to be held, and will not overwrite.
         work: of its operators, from which its seconds follow.
     """
 

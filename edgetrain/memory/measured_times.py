@@ -213,6 +213,8 @@ def _block_times(seconds: dict[str, float], scale: float) -> BlockTimes:
         backward_invert_layerwise=scaled("backward_invert_layerwise"),
         update=seconds.get("update", 0.0),
         forward_in_place=in_place,
+        forward_products=scaled("forward_products"),
+        backward_selective=scaled("backward_selective"),
     )
 
 

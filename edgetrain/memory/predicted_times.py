@@ -57,6 +57,8 @@ def _block_times(block: BlockCosts, rates: OperatorRates) -> BlockTimes:
         backward_invert_layerwise=seconds("backward invert_layerwise"),
         update=seconds("update") or 0.0,
         forward_in_place=in_place if block.invertible else None,
+        forward_products=seconds("forward products"),
+        backward_selective=seconds("backward selective after forward products"),
     )
 
 

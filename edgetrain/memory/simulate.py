@@ -38,7 +38,7 @@ class Moment:
     Attributes:
         instruction: None: the step of the optimiser after the Program.
         before_bytes: allocated when it begins; ``peak_bytes`` the most while it runs, ``after_bytes`` at its end.
-        z: indices of the z that exist at its end; ``g`` and ``graphs``, by block, likewise.
+        z: indices of the z that exist at its end; ``g``, ``graphs`` and ``products``, by block, likewise.
     """
 
     instruction: Instruction | None
@@ -48,6 +48,7 @@ class Moment:
     z: tuple[int, ...]
     g: tuple[int, ...]
     graphs: tuple[int, ...]
+    products: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,8 @@ _Operands = dict[Operand, _Storage]
 
 
 @dataclass(slots=True)
-class _Graph:
-    """A stored block: by which instruction, from an input of which layout, and the shared memory that it holds."""
+class _Held:
+    """What a block keeps: by which instruction, from an input of which layout, and the shared memory that it holds."""
 
     stored_by: str
     layout: Layout
@@ -141,7 +142,8 @@ class _Simulator:
         self._sizes = [_size(shape) * b for shape, b in zip(program.shapes, costs.element_bytes, strict=True)]
         self._z: dict[int, _Tensor] = {}
         self._g: dict[int, _Tensor] = {}
-        self._graphs: dict[int, _Graph] = {}
+        self._graphs: dict[int, _Held] = {}
+        self._products: dict[int, _Held] = {}
         self._first: dict[int, str] = {}
         self._offloaded: dict[int, tuple[_Storage, Layout, Place]] = {}
         self._host_bytes = self.host_peak_bytes = 0
@@ -161,7 +163,8 @@ class _Simulator:
                 expected="a program in which every instruction finds what it needs",
                 action="keep, recompute or fetch it before",
             ) from missing
-        return Moment(step, before, self.peak, self.level, tuple(self._z), tuple(self._g), tuple(self._graphs))
+        alive = (tuple(found) for found in (self._z, self._g, self._graphs, self._products))
+        return Moment(step, before, self.peak, self.level, *alive)
 
     def _run(self, step: Instruction) -> None:
         if isinstance(step, Forward):
@@ -200,10 +203,11 @@ class _Simulator:
         effect = block.effect(key)
         operands: _Operands = {"x": x}
         self._apply(effect, operands)
-        if keep == "all":
+        if keep in ("all", "products"):
             held = {operand: operands[operand] for operand in effect.kept}
-            self._graphs[i] = _Graph(key[0], layout, held, [operands[operand] for operand in effect.noted])
-            for storage in self._graphs[i].noted:
+            found = _Held(key[0], layout, held, [operands[operand] for operand in effect.noted])
+            (self._graphs if keep == "all" else self._products)[i] = found
+            for storage in found.noted:
                 storage.noted += 1
         self._name(effect, operands, self._z, i + 1, "y")
         if keep == "nothing":
@@ -223,14 +227,19 @@ class _Simulator:
 
     def _backward(self, i: int, how: How) -> None:
         block = self._costs.blocks[i]
-        if how == "saved":
-            graph = self._graphs.pop(i)
-            for storage in graph.noted:
+        operands: _Operands
+        taken: tuple[Operand, ...]
+        if how in ("saved", "selective"):
+            found = (self._graphs if how == "saved" else self._products).pop(i)
+            for storage in found.noted:
                 storage.noted -= 1
+            x_layout = found.layout
+            if how == "selective":  # z[i] stays, and may have come back in another layout
+                found.held["x"], x_layout = self._z[i]
             dy, layout = self._pop(self._g, i + 1)
-            effect = block.effect(key_of("backward saved", after=graph.stored_by, x=graph.layout, dy=layout))
-            operands = {**graph.held, "dy": dy}
-            taken = tuple(operands)
+            effect = block.effect(key_of(f"backward {how}", after=found.stored_by, x=x_layout, dy=layout))
+            operands = {**found.held, "dy": dy}
+            taken = tuple(name for name in operands if how == "saved" or name != "x")
         elif how == "recompute":
             x, x_layout = self._z[i]
             dy, layout = self._pop(self._g, i + 1)

@@ -1,7 +1,8 @@
 """Single instructions on single blocks, run for real by the executor's own code and timed.
 
-A block runs short sequences that begin with its forward pass, as in a step: stored, recomputed from its input, and
-inverted in each way that it allows. What the step would drop after an instruction is dropped while the clock runs.
+A block runs short sequences that begin with its forward pass, as in a step: stored, recomputed from its input with and
+without the results of its products, and inverted in each way that it allows. What the step would drop after an
+instruction is dropped while the clock runs.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class Stopwatch(Execution):
 
     def _drop_after(self, step: Step) -> None:
         if isinstance(step, Forward):
-            if step.keep != "input":
+            if step.keep not in ("products", "input"):
                 self._z.pop(self._i, None)
         else:
             self._z.pop(self._i + 1, None)
@@ -110,6 +111,8 @@ def sequences(block: Block, i: int, *, update: bool) -> list[list[Step]]:
         found[0].append(Update(i))
     if block.allows("recompute"):
         found.append([Forward(i, "input"), Backward(i, "recompute")])
+    if block.allows("selective"):
+        found.append([Forward(i, "products"), Backward(i, "selective")])
     if isinstance(block.module, Invertible):
         if block.allows("invert"):
             found.append([Forward(i, "nothing"), Backward(i, "invert")])

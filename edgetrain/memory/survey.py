@@ -124,7 +124,7 @@ class Survey:
                     key = key_of(f"forward {step.keep}", x=given.layout)
                 else:
                     key = key_of(f"recompute {step.keep}", after=first, x=given.layout)
-                if step.keep == "all":
+                if step.keep in ("all", "products"):
                     stored_by = key[0]
                 seen = bench.observe(key, step, x=given)
                 y = replace(seen.outputs["y"].form, layout=None)
@@ -136,8 +136,9 @@ class Survey:
                     seen = bench.observe(
                         key_of("backward saved", after=stored_by, x=x_layout, dy=dy_layout), step, dy=dy
                     )
-                elif step.how == "recompute":
-                    key = key_of("backward recompute", after=first, x=x_layout, dy=dy_layout)
+                elif step.how in ("selective", "recompute"):
+                    after = stored_by if step.how == "selective" else first
+                    key = key_of(f"backward {step.how}", after=after, x=x_layout, dy=dy_layout)
                     seen = bench.observe(key, step, x=x, dy=dy)
                 else:
                     seen = bench.observe(key_of(f"backward {step.how}"), step, y=y, dy=y)
@@ -187,8 +188,12 @@ def _sequences(block: Block, i: int) -> list[list[_Step]]:
     stored: list[_Step] = [Forward(i, "all"), Backward(i, "saved"), Update(i)]
     if not block.allows("recompute"):
         return [stored, [Forward(i, "nothing"), *inverting]]
+    selecting: list[list[_Step]] = []
+    if block.allows("selective"):
+        storing += [Recompute(i, i, "products"), Backward(i, "selective")]
+        selecting = [[Forward(i, "products"), Backward(i, "selective")]]
     recorded: list[_Step] = [Forward(i, "input"), *from_input, *dropping, *storing, *inverting]
-    return [stored, [Forward(i, "nothing")], recorded]
+    return [stored, *selecting, [Forward(i, "nothing")], recorded]
 
 
 def _outputs(kind: _Kind, name: Operand) -> tuple[Form, set[Layout]]:

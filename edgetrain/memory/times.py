@@ -38,6 +38,7 @@ class BlockTimes:
         forward_all: keep=all.
         update: step of the optimiser over this block's parameters, those of earlier blocks left out.
         forward_in_place: keep=nothing of a block that works in the memory of its input; None: as ``forward``.
+        forward_products: keep=products.
     """
 
     forward: float
@@ -48,11 +49,15 @@ class BlockTimes:
     backward_invert_layerwise: float | None
     update: float
     forward_in_place: float | None = None
+    forward_products: float | None = None
+    backward_selective: float | None = None
 
-    def forward_seconds(self, keep: Keep) -> float:
+    def forward_seconds(self, keep: Keep) -> float | None:
         """Of a forward pass."""
         if keep == "all":
             return self.forward_all
+        if keep == "products":
+            return self.forward_products
         return self.forward if keep == "input" or self.forward_in_place is None else self.forward_in_place
 
 
@@ -114,18 +119,12 @@ def instruction_seconds(step: Instruction, times: Times) -> float:
     """
     match step:
         case Forward(block, keep):
-            return times.blocks[block].forward_seconds(keep)
+            return _allowed(times.blocks[block].forward_seconds(keep), f"forward {keep}", block)
         case Recompute(first, last, keep):
-            return math.fsum(block.forward_seconds(keep) for block in times.blocks[first : last + 1])
+            passes = [(i, times.blocks[i].forward_seconds(keep)) for i in range(first, last + 1)]
+            return math.fsum(_allowed(seconds, f"recompute {keep}", i) for i, seconds in passes)
         case Backward(block, how):
-            found: float | None = getattr(times.blocks[block], f"backward_{how}")
-            if found is None:
-                raise ModelError(
-                    found=f"instruction 'backward {how}' for block {block}",
-                    expected="one that the block allows",
-                    action="give the block a mode that it allows",
-                )
-            return found
+            return _allowed(getattr(times.blocks[block], f"backward_{how}"), f"backward {how}", block)
         case Update(block):
             return times.blocks[block].update
         case Offload(index) | Fetch(index):
@@ -134,3 +133,13 @@ def instruction_seconds(step: Instruction, times: Times) -> float:
             return times.head
         case Free():
             return 0.0
+
+
+def _allowed(seconds: float | None, instruction: str, block: int) -> float:
+    if seconds is None:
+        raise ModelError(
+            found=f"instruction {instruction!r} for block {block}",
+            expected="one that the block allows",
+            action="give the block a mode that it allows",
+        )
+    return seconds

@@ -7,7 +7,7 @@ is reused stays in the cache and needs no fresh pages from the kernel.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,20 +35,40 @@ class _SlicedConv(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.settings
+        settings = ConvolutionSettings(stride, padding, dilation, False, [0, 0], groups)
         mask = list(ctx.needs_input_grad[:3])
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if mask[0] else None
-        sums: list[Tensor | None] = [None, None]
-        for s in batch_slices(x):
-            parts = torch.ops.aten.convolution_backward(
-                dy[s], x[s], weight, ctx.bias_sizes, stride, padding, dilation, False, [0, 0], groups, mask
-            )
-            if dx is not None:
-                dx[s] = parts[0]
-            for k, part in enumerate(parts[1:]):
-                total = sums[k]
-                if part is not None:
-                    sums[k] = part if total is None else total.add_(part)
-        return dx, sums[0], sums[1], None
+        return *convolution_gradients(dy, x, weight, ctx.bias_sizes, settings, mask), None
+
+
+class ConvolutionSettings(NamedTuple):
+    """As ``torch.ops.aten.convolution_backward`` takes them: a number for each dimension."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    transposed: bool
+    output_padding: list[int]
+    groups: int
+
+
+def convolution_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, bias_sizes: list[int] | None, settings: ConvolutionSettings, mask: list[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients with respect to x (n, c, ...), weight and bias, those that ``mask`` asks for, slice by slice."""
+    slices = list(batch_slices(x))
+    if len(slices) <= 1:
+        return tuple(torch.ops.aten.convolution_backward(dy, x, weight, bias_sizes, *settings, mask))
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if mask[0] else None
+    sums: list[Tensor | None] = [None, None]
+    for s in batch_slices(x):
+        parts = torch.ops.aten.convolution_backward(dy[s], x[s], weight, bias_sizes, *settings, mask)
+        if dx is not None:
+            dx[s] = parts[0]
+        for k, part in enumerate(parts[1:]):
+            total = sums[k]
+            if part is not None:
+                sums[k] = part if total is None else total.add_(part)
+    return dx, sums[0], sums[1]
 
 
 def conv2d(

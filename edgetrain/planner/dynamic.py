@@ -6,6 +6,7 @@ further place for a checkpoint. ``best(s, t, m)`` is the least time in which, fr
 are computed with m bytes; the loss comes in between if t is the last block, else g[t+1] is there. It is the least of
 
     store       run s and keep what autograd saves; best(s+1, t); backward of s
+    selective   run s and keep z[s] and the results of its products; best(s+1, t); run the rest of s again and go back
     checkpoint  keep z[s], run s..k-1 and keep nothing; best(k, t); best(s, k-1) from z[s]
     offload     the same with z[s] in the host's memory meanwhile
     recompute   s = t alone: run it once more from z[s] and go back
@@ -32,7 +33,7 @@ from typing import Literal
 
 import numpy as np
 
-from edgetrain.planner.stages import Problem, Way
+from edgetrain.planner.stages import Problem, Selection, Way
 from edgetrain.runtime.program import (
     Backward,
     Fetch,
@@ -47,7 +48,7 @@ from edgetrain.runtime.program import (
 )
 
 State = Literal["free", "need", "hold"]
-Move = Literal["store", "checkpoint", "offload", "recompute", "invert"]
+Move = Literal["store", "selective", "checkpoint", "offload", "recompute", "invert"]
 Rounding = Literal["nearest", "down"]
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
@@ -76,7 +77,7 @@ class Table:
         self._count = len(problem.stages)
         self._z = np.array(problem.activation_bytes, dtype=np.int64)
         self._gradients = np.array(problem.gradients_after, dtype=np.int64)
-        self._z_slots, self._saved_slots = self._rounded_sizes()
+        self._z_slots, self._saved_slots, self._products_slots = self._rounded_sizes()
         self._forward = np.cumsum([0.0, *(stage.dropping_seconds for stage in self._stages)])
         self._dropping = self._z[:-1] + np.array([stage.dropping_bytes for stage in self._stages], dtype=np.int64)
         self._inverting = self._inversion_sums()
@@ -115,18 +116,20 @@ class Table:
 
     # --- sizes
 
-    def _rounded_sizes(self) -> tuple[list[int], list[int]]:
-        """Slots of z[0..L], and of what each block saves."""
-        exact = [
-            float(self._z[0]),
-            *(x for k, stage in enumerate(self._stages) for x in (stage.saved_bytes, self._z[k + 1])),
-        ]
+    def _rounded_sizes(self) -> tuple[list[int], list[int], list[int]]:
+        """Slots of z[0..L], and of what each block saves, all of it or the results of its products."""
+        selections = [stage.selection for stage in self._stages]
+        saved = [float(stage.saved_bytes) for stage in self._stages]
+        products = [0.0 if found is None else float(found.products_bytes) for found in selections]
+        exact = [float(self._z[0]), *(x for pair in zip(saved, self._z[1:], strict=True) for x in pair)]
+        rounded, selected = self._rounded(exact), self._rounded(products)
+        return rounded[0::2], rounded[1::2], selected
+
+    def _rounded(self, exact: list[float]) -> list[int]:
         if self._rounding == "down":
-            rounded = [int(x // self.unit_bytes) for x in exact]
-        else:
-            ends = np.rint(np.cumsum([0.0, *exact]) / self.unit_bytes).astype(int)
-            rounded = [int(x) for x in np.diff(ends)]
-        return rounded[0::2], rounded[1::2]
+            return [int(x // self.unit_bytes) for x in exact]
+        ends = np.rint(np.cumsum([0.0, *exact]) / self.unit_bytes).astype(int)
+        return [int(x) for x in np.diff(ends)]
 
     def _threshold(self, nbytes: float) -> int:
         """Slots without which ``nbytes`` do not fit."""
@@ -146,7 +149,8 @@ class Table:
         states: list[State] = ["free"] if s > 0 else []
         if s > 0 and self._stages[s - 1].ways:
             states.append("need")
-        if s == 0 or self._stages[s - 1].keeps_output:
+        before = self._stages[s - 1]
+        if s == 0 or before.keeps_output or (before.selection is not None and before.selection.keeps_output):
             states.append("hold")
         return states
 
@@ -182,6 +186,8 @@ class Table:
         values = _shifted(after, held_slots, low, high) + np.float32(stage.forward_all_seconds + stage.backward_seconds)
         yield "store", s, _from(values, self._thresholds(np.array([needed])), low)
 
+        if stage.selection is not None:
+            yield self._selective(t, s, stage.selection, own, own_slots, low, high)
         if stage.recompute_seconds is not None and t > s:
             yield from self._checkpoints(t, s, state, own, own_slots, low, high)
         if stage.recompute_seconds is not None and t == s and t < self._count - 1:
@@ -190,6 +196,23 @@ class Table:
             yield "recompute", s, _from(values, self._thresholds(np.array([needed])), low)
         if state == "free" and stage.ways:
             yield from self._inversions(t, s, low, high)
+
+    def _selective(
+        self, t: int, s: int, selection: Selection, own: int, own_slots: int, low: int, high: int
+    ) -> tuple[Move, int, Array]:
+        output = int(self._z[s + 1])
+        held = own + selection.products_bytes + (output if selection.keeps_output else 0)
+        needed = max(
+            own + selection.forward_bytes + self._waiting(t),
+            held + output + selection.backward_bytes + int(self._gradients[s + 1]),
+        )
+        after = self._best["hold" if selection.keeps_output else "free"][t, s + 1 : s + 2]
+        values = _shifted(after, self._selected_slots(s, selection, own_slots), low, high)
+        values = values + np.float32(selection.forward_seconds + selection.backward_seconds)
+        return "selective", s, _from(values, self._thresholds(np.array([needed])), low)
+
+    def _selected_slots(self, s: int, selection: Selection, own_slots: int) -> int:
+        return own_slots + self._products_slots[s] + (self._z_slots[s + 1] if selection.keeps_output else 0)
 
     def _checkpoints(
         self, t: int, s: int, state: State, own: int, own_slots: int, low: int, high: int
@@ -262,6 +285,17 @@ class Table:
             if stage.keeps_output:
                 steps.append(Free(s + 1))
             steps.append(Backward(s, "saved"))
+        elif move == "selective":
+            assert stage.selection is not None
+            output_held = stage.selection.keeps_output
+            steps += _pass(s, s, "products", again=again)
+            left = m - self._selected_slots(s, stage.selection, own_slots)
+            self._emit(steps, t, s + 1, "hold" if output_held else "free", left)
+            if output_held:
+                steps.append(Free(s + 1))
+            steps.append(Backward(s, "selective"))
+            if state == "free":
+                steps.append(Free(s))
         elif move in ("checkpoint", "offload"):
             steps += _pass(s, s, "input", again=again)
             if move == "offload":

@@ -12,7 +12,7 @@ from edgetrain.planner.plans import Alternative
 from edgetrain.runtime.program import Backward, Forward, Offload, Program, Recompute
 from edgetrain.units import format_mib
 
-_MODES: dict[str, Mode] = {"recompute": "recompute", "invert": "invert", "invert_layerwise": "invert_layerwise"}
+_MODES: dict[str, Mode] = {mode: mode for mode in MODES}  # of a backward pass: named alike, but for "saved"
 
 
 def modes_of(program: Program) -> tuple[Mode, ...]:
@@ -49,6 +49,13 @@ def _reason(i: int, mode: Mode, runs: int, cost: BlockCosts, time: BlockTimes, *
     extra = _extra(time, mode)
     if mode == "store":
         return f"keeps {format_mib(max(0, cost.saved_bytes))} for its gradient: there is room for it"
+    if mode == "selective":
+        kept = cost.products_bytes
+        seconds = extra + (runs - 1) * time.forward
+        return (
+            f"keeps the results of its convolutions and matrix products, {format_mib(max(0, kept))}, and runs the rest "
+            f"again: spares {format_mib(max(0, cost.saved_bytes - kept))} for {1e3 * seconds:.1f} ms"
+        )
     if mode == "recompute":
         place = f"z[{i}] waits in the host's memory" if offloaded else f"run {runs} times"
         seconds = (runs - 1) * time.forward
@@ -69,6 +76,8 @@ def _others(block: Block, chosen: Mode, cost: BlockCosts, time: BlockTimes) -> l
         slower = f"{1e3 * abs(difference):.1f} ms {'more' if difference > 0 else 'less'}"
         if mode == "store":
             reason = f"would hold {format_mib(max(0, cost.saved_bytes))} until its gradient is there, for {slower}"
+        elif mode == "selective":
+            reason = f"would hold its input and {format_mib(max(0, cost.products_bytes))} of results, for {slower}"
         elif mode == "recompute":
             reason = f"would hold its input or run from an earlier one, for {slower}"
         else:
@@ -82,6 +91,7 @@ def _extra(time: BlockTimes, mode: Mode) -> float:
     stored = time.forward_all + time.backward_saved
     taken = {
         "store": stored,
+        "selective": (time.forward_products or 0.0) + (time.backward_selective or 0.0),
         "recompute": time.forward + (time.backward_recompute or 0.0),
         "invert": time.forward + (time.backward_invert or 0.0),
         "invert_layerwise": time.forward + (time.backward_invert_layerwise or 0.0),

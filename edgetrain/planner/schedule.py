@@ -2,7 +2,7 @@
 
 z[i] outlives the forward pass only if something of the backward pass starts from it:
 
-* block i is recomputed: z[i] is its input;
+* block i is recomputed, all of it or in part: z[i] is its input;
 * block i-1 is inverted: z[i] is its output, unless the inversion of block i gives it back.
 """
 
@@ -13,13 +13,21 @@ from collections.abc import Sequence
 from edgetrain.chain import Mode
 from edgetrain.runtime.program import Backward, Forward, Free, Head, How, Instruction, Keep, Program, Update
 
-_KEEP: dict[Mode, Keep] = {"store": "all", "recompute": "input", "invert": "nothing", "invert_layerwise": "nothing"}
+_KEEP: dict[Mode, Keep] = {
+    "store": "all",
+    "selective": "products",
+    "recompute": "input",
+    "invert": "nothing",
+    "invert_layerwise": "nothing",
+}
 _HOW: dict[Mode, How] = {
     "store": "saved",
+    "selective": "selective",
     "recompute": "recompute",
     "invert": "invert",
     "invert_layerwise": "invert_layerwise",
 }
+_FROM_INPUT: tuple[Mode, ...] = ("selective", "recompute")
 
 
 def schedule(
@@ -41,7 +49,7 @@ def schedule(
     inverted = [mode in ("invert", "invert_layerwise") for mode in modes]
 
     def outlives_forward(i: int) -> bool:
-        if i < count and modes[i] == "recompute":
+        if i < count and modes[i] in _FROM_INPUT:
             return True
         output_of_inverted = i > 0 and inverted[i - 1]
         given_back = i < count and inverted[i]
@@ -59,7 +67,7 @@ def schedule(
         steps.append(Backward(i, _HOW[modes[i]]))
         if update_in_backward:
             steps.append(Update(i))
-        alive = inverted[i] or modes[i] == "recompute"
+        alive = inverted[i] or modes[i] in _FROM_INPUT
         if alive and not (i > 0 and inverted[i - 1]):
             steps.append(Free(i))
     return Program(tuple(names), tuple(shapes), tuple(steps))

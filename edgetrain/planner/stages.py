@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from edgetrain.chain import Block
 from edgetrain.memory import BlockCosts, Costs
 from edgetrain.memory.effects import Effect, Operand
-from edgetrain.memory.times import Times
+from edgetrain.memory.times import BlockTimes, Times
 from edgetrain.runtime.program import How
 
 
@@ -28,6 +28,25 @@ class Way:
     how: How
     seconds: float
     peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Keeping z[i] and the results of a block's products, and running the rest of it again.
+
+    Attributes:
+        products_bytes: what the forward pass leaves besides z[i] and z[i+1].
+        keeps_output: whether one of the results is in the memory of z[i+1].
+        forward_bytes: most bytes of the forward pass above z[i]; z[i+1] among them.
+        backward_bytes: of the backward pass, above all that is kept and g[i+1].
+    """
+
+    products_bytes: int
+    keeps_output: bool
+    forward_seconds: float
+    forward_bytes: int
+    backward_seconds: float
+    backward_bytes: int
 
 
 @dataclass(frozen=True)
@@ -46,6 +65,7 @@ class Stage:
         recompute_seconds: of it; None where the block cannot be run again.
         gradient_bytes: of its parameters, which its backward pass leaves.
         ways: of inverting it.
+        selection: None where the block does not allow it.
     """
 
     output_bytes: int
@@ -64,6 +84,7 @@ class Stage:
     recompute_bytes: int
     gradient_bytes: int
     ways: tuple[Way, ...] = ()
+    selection: Selection | None = None
 
 
 @dataclass(frozen=True)
@@ -157,6 +178,7 @@ def problem_of(
                 recompute_bytes=max(after, _peak(again, sizes, i, {"dy"})) if again else 0,
                 gradient_bytes=cost.gradient_bytes,
                 ways=tuple(ways),
+                selection=_selection(block, cost, time, sizes, i, after),
             )
         )
     head = next(iter(costs.heads.values()))
@@ -168,6 +190,24 @@ def problem_of(
         reach=tuple(reach) if reach is not None else (0,) * len(stages),
         offload_seconds_per_byte=1 / times.copy_bytes_per_s if offload else None,
         gradients_stay=not update_in_backward,
+    )
+
+
+def _selection(
+    block: Block, cost: BlockCosts, time: BlockTimes, sizes: Sequence[int], i: int, after: int
+) -> Selection | None:
+    """``after``: bytes above z[i] and g[i+1] that are needed once the gradients are there."""
+    if not block.allows("selective") or time.forward_products is None or time.backward_selective is None:
+        return None
+    forward = _named(cost, "forward products")
+    backward = _named(cost, "backward selective after forward products")
+    return Selection(
+        products_bytes=max(0, cost.products_bytes),
+        keeps_output="y" in forward.kept,
+        forward_seconds=time.forward_products,
+        forward_bytes=_peak(forward, sizes, i, set()),
+        backward_seconds=time.backward_selective,
+        backward_bytes=max(after, _peak(backward, sizes, i, {"dy", "y"})),
     )
 
 

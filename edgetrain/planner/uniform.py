@@ -9,7 +9,7 @@ from torch import nn
 
 from edgetrain.chain import Block, Mode
 
-UniformMode = Literal["keep_all", "recompute", "invert", "invert_layerwise"]
+UniformMode = Literal["keep_all", "selective", "recompute", "invert", "invert_layerwise"]
 UNIFORM_MODES: tuple[UniformMode, ...] = get_args(UniformMode)
 
 
@@ -20,15 +20,20 @@ def decide(blocks: Sequence[Block], mode: UniformMode) -> list[tuple[Mode, str]]
 
 
 def _decide(block: Block, wanted: Mode, *, first: bool, last: bool) -> tuple[Mode, str]:
-    if wanted == "recompute" and first and not _saves_more_than_input(block):
+    again = wanted in ("selective", "recompute")
+    if again and first and not _saves_more_than_input(block):
         return "store", "keeps nothing but the batch itself"
-    if wanted == "recompute" and last:
+    if again and last:
         return "store", "its backward pass comes first: dropping and recomputing it would save nothing"
+    if wanted == "selective" and not _saves_more_than_input(block):
+        return "store", "keeps nothing but its input"
     if block.allows(wanted):
         return wanted, "asked for"
     if wanted == "invert_layerwise" and block.allows("invert"):
         return "invert", block.refusals["invert_layerwise"]
     reason = block.refusals[wanted]
+    if wanted == "selective" and block.allows("recompute"):
+        return "recompute", reason
     if not block.has_parameters and block.allows("recompute"):
         return "recompute", f"{reason}; without parameters, recomputing it from its input costs little"
     return "store", reason

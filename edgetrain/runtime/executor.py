@@ -19,6 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from edgetrain.chain import Block
 from edgetrain.errors import ModelError
 from edgetrain.nn.invertible import Invertible, Rerun
+from edgetrain.nn.selective import Products
 from edgetrain.runtime.offload import Offloaded, offload
 from edgetrain.runtime.program import (
     Backward,
@@ -27,6 +28,7 @@ from edgetrain.runtime.program import (
     Free,
     Head,
     Instruction,
+    Keep,
     Offload,
     Program,
     Recompute,
@@ -88,6 +90,7 @@ class Execution:
         self._g: dict[int, Tensor] = {}
         self._graphs: dict[int, _Graph] = {}
         self._records: dict[int, Record] = {}
+        self._products: dict[int, Products] = {}
         self._offloaded: dict[int, Offloaded] = {}
         self._foreign: set[int] = set()
         self._input_gradient = False
@@ -119,20 +122,20 @@ class Execution:
         match step:
             case Forward(block, "all"):
                 self._store(block, again=False)
-            case Forward(block, "input"):
-                self._forward(block, keep_input=True)
-            case Forward(block, "nothing"):
-                self._forward(block, keep_input=False)
+            case Forward(block, keep):
+                self._forward(block, keep)
             case Recompute(first, last, keep):
                 for block in range(first, last + 1):
                     if keep == "all":
                         self._store(block, again=True)
                     else:
-                        self._forward_again(block, keep_input=keep == "input")
+                        self._forward_again(block, keep)
             case Backward(block, "saved"):
                 self._backward_saved(block)
+            case Backward(block, "selective"):
+                self._backward_again(block, self._products.pop(block).taking())
             case Backward(block, "recompute"):
-                self._backward_recompute(block)
+                self._backward_again(block, contextlib.nullcontext())
             case Backward(block, how):
                 self._backward_invert(block, layerwise=how == "invert_layerwise")
             case Offload(index, place):
@@ -161,30 +164,37 @@ class Execution:
         self._graphs[i] = graph
         self._z[i + 1] = y.detach()
 
-    def _forward(self, i: int, *, keep_input: bool) -> None:
+    def _forward(self, i: int, keep: Keep) -> None:
         module = self._blocks[i].module
         record = self._records[i] = Record(module)
-        if isinstance(module, Invertible) and not keep_input:
+        if isinstance(module, Invertible) and keep == "nothing":
             self._z[i + 1] = record.first_in_place(self._own(self._z, i))
             return
-        x = self._z[i] if keep_input else self._z.pop(i)
+        x = self._z.pop(i) if keep == "nothing" else self._z[i]
         version = x._version
-        self._z[i + 1] = record.first(x)
-        if keep_input and x._version != version:
+        self._z[i + 1] = record.first(x, within=self._keeping(i, keep))
+        if keep != "nothing" and x._version != version:
             raise ModelError(
                 found=f"block {self._blocks[i].name or type(module).__name__}, which overwrites its input",
                 expected="a block that leaves alone what it will be recomputed from",
                 action='let its first operation work out of place, or give the block the mode "store"',
             )
 
-    def _forward_again(self, i: int, *, keep_input: bool) -> None:
+    def _forward_again(self, i: int, keep: Keep) -> None:
         module = self._blocks[i].module
         with torch.no_grad(), self._records[i].again():
-            if isinstance(module, Invertible) and not keep_input:
+            if isinstance(module, Invertible) and keep == "nothing":
                 self._z[i + 1] = module.forward_(self._own(self._z, i), replay=True)
-            else:
-                x = self._z[i] if keep_input else self._z.pop(i)
+                return
+            x = self._z.pop(i) if keep == "nothing" else self._z[i]
+            with self._keeping(i, keep):
                 self._z[i + 1] = module(x)
+
+    def _keeping(self, i: int, keep: Keep) -> contextlib.AbstractContextManager[object]:
+        if keep != "products":
+            return contextlib.nullcontext()
+        self._products[i] = Products()
+        return self._products[i].keeping()
 
     def _backward_saved(self, i: int) -> None:
         graph, dy = self._graphs.pop(i), self._g.pop(i + 1)
@@ -196,8 +206,9 @@ class Execution:
         elif graph.like is not None:
             self._g[i] = torch.zeros_like(graph.like, memory_format=torch.contiguous_format)
 
-    def _backward_recompute(self, i: int) -> None:
-        with self._records[i].again():
+    def _backward_again(self, i: int, within: contextlib.AbstractContextManager[object]) -> None:
+        """Runs block i once more from z[i], under autograd and inside ``within``, and goes back."""
+        with self._records[i].again(), within:
             module, input_gradient = self._blocks[i].module, i > 0 or self._input_gradient
             rerun = Rerun(module, self._z[i], replay=None, input_gradient=input_gradient)
         gradient = rerun.backward(self._g.pop(i + 1))
@@ -220,7 +231,8 @@ class Execution:
         tensor = tensors.pop(i)
         seen = _storage(tensor)
         others = {_storage(other) for other in (*self._z.values(), *self._g.values())}
-        kept = any(seen in graph.storages for graph in self._graphs.values())
+        saved = any(seen in graph.storages for graph in self._graphs.values())
+        kept = saved or any(seen in products.storages for products in self._products.values())
         if kept or seen in self._foreign or seen in others or not tensor.is_contiguous():
             return tensor.clone(memory_format=torch.contiguous_format)
         return tensor

@@ -2,20 +2,24 @@
 
 Blocks are numbered 0..L-1; ``z[i]`` is the input of block i and ``g[i]`` the gradient with respect to it.
 
-| instruction             | needs                      | gives                                                        |
-|-------------------------|----------------------------|--------------------------------------------------------------|
-| forward i keep=all      | z[i]                       | z[i+1], and what autograd saves for block i; z[i] stays      |
-| forward i keep=input    | z[i]                       | z[i+1]; z[i] stays                                           |
-| forward i keep=nothing  | z[i]                       | z[i+1]; z[i] is gone, in its memory where block i can        |
-| recompute i..j keep     | z[i]                       | the same again for blocks i to j, without side effects       |
-| head                    | z[L]                       | g[L]: the loss is the caller's                               |
-| backward i saved        | g[i+1], saved              | g[i]                                                         |
-| backward i recompute    | g[i+1], z[i]               | g[i]; z[i] stays                                             |
-| backward i invert       | g[i+1], z[i+1]             | g[i] and z[i], in the memory of g[i+1] and z[i+1]            |
-| backward i invert_layerwise | as invert              | as invert, holding no hidden activation                      |
-| offload / fetch z[i]    | z[i]                       | moves it out of the device's memory and back                 |
-| update i                | gradients of block i       | optimiser step of block i; its gradients are freed           |
-| free z[i]               | z[i]                       |                                                              |
+| instruction                 | needs                  | gives                                                   |
+|-----------------------------|------------------------|---------------------------------------------------------|
+| forward i keep=all          | z[i]                   | z[i+1], and what autograd saves for block i; z[i] stays |
+| forward i keep=products     | z[i]                   | z[i+1], and results of its products (*); z[i] stays     |
+| forward i keep=input        | z[i]                   | z[i+1]; z[i] stays                                      |
+| forward i keep=nothing      | z[i]                   | z[i+1]; z[i] is gone, in its memory where block i can   |
+| recompute i..j keep         | z[i]                   | the same again for blocks i to j, without side effects  |
+| head                        | z[L]                   | g[L]: the loss is the caller's                          |
+| backward i saved            | g[i+1], saved          | g[i]                                                    |
+| backward i selective        | g[i+1], z[i], products | g[i]; z[i] stays, the products are gone                 |
+| backward i recompute        | g[i+1], z[i]           | g[i]; z[i] stays                                        |
+| backward i invert           | g[i+1], z[i+1]         | g[i] and z[i], in the memory of g[i+1] and z[i+1]       |
+| backward i invert_layerwise | as invert              | as invert, holding no hidden activation                 |
+| offload / fetch z[i]        | z[i]                   | moves it out of the device's memory and back            |
+| update i                    | gradients of block i   | optimiser step of block i; its gradients are freed      |
+| free z[i]                   | z[i]                   |                                                         |
+
+(*) convolutions and matrix products that take long for what their results hold: :mod:`edgetrain.nn.selective`
 """
 
 from __future__ import annotations
@@ -26,8 +30,8 @@ from typing import Any, ClassVar, Literal, get_args
 
 from edgetrain.errors import ModelError
 
-Keep = Literal["all", "input", "nothing"]
-How = Literal["saved", "recompute", "invert", "invert_layerwise"]
+Keep = Literal["all", "products", "input", "nothing"]
+How = Literal["saved", "selective", "recompute", "invert", "invert_layerwise"]
 Place = Literal["host", "disk"]
 
 FORMAT_VERSION = 1

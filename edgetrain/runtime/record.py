@@ -25,14 +25,20 @@ class Record:
         self._replay: Replay | None = None
 
     @torch.no_grad()
-    def first(self, x: Tensor) -> Tensor:
-        """The output for ``x``, which is left alone."""
+    def first(self, x: Tensor, *, within: contextlib.AbstractContextManager[object]) -> Tensor:
+        """The output for ``x``, which is left alone; the module is called inside ``within``."""
+
+        def run() -> Tensor:
+            with within:
+                y: Tensor = self._module(x)
+            return y
+
         if isinstance(self._module, Invertible):
             with recording():
-                y: Tensor = self._module(x)
+                y = run()
         else:
             self._replay = Replay(self._module, x.device)
-            y = self._replay.first(lambda: self._module(x))
+            y = self._replay.first(run)
         self._state = saved_state(self._module)
         return y
 

@@ -209,7 +209,7 @@ def test_mixed_plans_to_the_byte(measured: tuple[nn.Module, Costs], seed: int, m
     assert_exact(model, mixed_plan(model, seed), costs, monkeypatch)
 
 
-@pytest.mark.parametrize("mode", ["keep_all", "invert_layerwise"])
+@pytest.mark.parametrize("mode", ["keep_all", "selective", "invert_layerwise"])
 def test_updates_in_the_backward_pass_to_the_byte(
     measured: tuple[nn.Module, Costs], mode: Any, monkeypatch: Any
 ) -> None:
@@ -340,7 +340,7 @@ def test_offloading_against_measurement(place: Place) -> None:
     check_measured(model, plan, batch, shape)
 
 
-@pytest.mark.parametrize("mode", ["keep_all", "recompute", "invert_layerwise"])
+@pytest.mark.parametrize("mode", ["keep_all", "selective", "recompute", "invert_layerwise"])
 def test_uniform_plans_against_measurement(mode: Any) -> None:
     torch.manual_seed(0)
     model, shape, batch = five_blocks_of(64), (3, 16, 16), 32

@@ -29,7 +29,9 @@ from edgetrain.runtime import Backward, Fetch, Forward, Free, Head, Instruction,
 
 SHAPES = ((2, 3), (2, 5), (2, 7))
 FIRST = BlockTimes(1, 2, 4, 8, None, None, 16)
-SECOND = BlockTimes(100, 200, 400, 800, 1600, 3200, 6400, forward_in_place=50)
+SECOND = BlockTimes(
+    100, 200, 400, 800, 1600, 3200, 6400, forward_in_place=50, forward_products=110, backward_selective=500
+)
 TIMES = Times((FIRST, SECOND), 0.5, 10.0, "made up", SHAPES, (4, 4, 4))
 
 
@@ -47,6 +49,9 @@ def program(*steps: Instruction) -> Program:
         (Forward(1, "nothing"), 50),
         (Recompute(0, 1, "all"), 202),
         (Recompute(0, 1, "input"), 101),
+        (Forward(1, "products"), 110),
+        (Recompute(1, 1, "products"), 110),
+        (Backward(1, "selective"), 500),
         (Backward(1, "saved"), 400),
         (Backward(1, "recompute"), 800),
         (Backward(1, "invert"), 1600),
@@ -72,9 +77,18 @@ def test_times_of_another_batch_are_refused():
         program_seconds(other, TIMES)
 
 
-def test_an_instruction_that_the_block_refuses_is_named():
-    with pytest.raises(ModelError, match="'backward invert' for block 0"):
-        program_seconds(program(Backward(0, "invert")), TIMES)
+@pytest.mark.parametrize(
+    ("step", "named"),
+    [
+        (Backward(0, "invert"), "'backward invert' for block 0"),
+        (Backward(0, "selective"), "'backward selective' for block 0"),
+        (Forward(0, "products"), "'forward products' for block 0"),
+        (Recompute(0, 1, "products"), "'recompute products' for block 0"),
+    ],
+)
+def test_an_instruction_that_the_block_refuses_is_named(step: Instruction, named: str):
+    with pytest.raises(ModelError, match=named):
+        program_seconds(program(step), TIMES)
 
 
 RATES = OperatorRates({16: 1e9, 64: 4e9}, 1e9, 5e8, 1e-6, 0.0, "toy")

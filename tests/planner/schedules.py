@@ -35,6 +35,11 @@ def _between(problem: Problem, s: int, t: int, *, foreign: bool, needed: bool, f
     for rest in _between(problem, s + 1, t, foreign=stage.keeps_output, needed=False, fresh=True):
         drop: Steps = (Free(s + 1),) if stage.keeps_output else ()
         yield (*run(s, "all"), *end, *rest, *drop, Backward(s, "saved"))
+    if stage.selection is not None:
+        kept = stage.selection.keeps_output
+        for rest in _between(problem, s + 1, t, foreign=kept, needed=False, fresh=True):
+            drop = (Free(s + 1),) if kept else ()
+            yield (*run(s, "products"), *rest, *drop, Backward(s, "selective"), *end)
     if stage.recompute_seconds is not None:
         if s == t < count - 1:
             yield (Backward(s, "recompute"), *end)
@@ -65,6 +70,9 @@ def _ways(problem: Problem, s: int, j: int) -> Iterator[Steps]:
 
 
 def _forward_seconds(stage: Stage, keep: str) -> float:
+    if keep == "products":
+        assert stage.selection is not None
+        return stage.selection.forward_seconds
     return {"all": stage.forward_all_seconds, "input": stage.forward_seconds, "nothing": stage.dropping_seconds}[keep]
 
 
@@ -81,6 +89,9 @@ def seconds_of(problem: Problem, steps: Steps) -> float:
             stage = problem.stages[step.block]
             if step.how == "saved":
                 total += stage.backward_seconds
+            elif step.how == "selective":
+                assert stage.selection is not None
+                total += stage.selection.backward_seconds
             elif step.how == "recompute":
                 assert stage.recompute_seconds is not None
                 total += stage.recompute_seconds
@@ -98,11 +109,13 @@ def peak_of(problem: Problem, steps: Steps) -> int:
     holders = {i: 0 for i in range(count + 1)}
     holders[0] = 1
     named, graphs, gradient, trained, hosted = {0}, dict[int, list[int]](), None, 0, set[int]()
+    products = dict[int, list[int]]()
     peak = 0
 
     def level() -> int:
         kept = sum(size[i] for i, number in holders.items() if number and i > 0)
         saved = sum(problem.stages[i].saved_bytes for i in graphs)
+        saved += sum(stage.selection.products_bytes for i in products if (stage := problem.stages[i]).selection)
         return kept + saved + trained + (size[gradient] if gradient is not None else 0)
 
     def drop(i: int) -> None:
@@ -113,8 +126,10 @@ def peak_of(problem: Problem, steps: Steps) -> int:
         nonlocal peak
         stage = problem.stages[i]
         assert i in named
-        extra = {"all": stage.forward_all_bytes, "input": stage.forward_bytes, "nothing": stage.dropping_bytes}[keep]
-        peak = max(peak, level() + extra)
+        extra = {"all": stage.forward_all_bytes, "input": stage.forward_bytes, "nothing": stage.dropping_bytes}
+        if stage.selection is not None:
+            extra["products"] = stage.selection.forward_bytes
+        peak = max(peak, level() + extra[keep])
         if keep == "nothing":
             drop(i)
         if i + 1 not in named:
@@ -123,6 +138,11 @@ def peak_of(problem: Problem, steps: Steps) -> int:
         if keep == "all":
             graphs[i] = [i] * stage.keeps_input + [i + 1] * stage.keeps_output
             for held in graphs[i]:
+                holders[held] += 1
+        if keep == "products":
+            assert stage.selection is not None
+            products[i] = [i + 1] * stage.selection.keeps_output
+            for held in products[i]:
                 holders[held] += 1
 
     for step in steps:
@@ -149,6 +169,12 @@ def peak_of(problem: Problem, steps: Steps) -> int:
             if step.how == "saved":
                 peak = max(peak, level() + stage.backward_bytes)
                 for held in graphs.pop(step.block):
+                    holders[held] -= 1
+            elif step.how == "selective":
+                assert stage.selection is not None
+                assert step.block in named
+                peak = max(peak, level() + stage.selection.backward_bytes)
+                for held in products.pop(step.block):
                     holders[held] -= 1
             elif step.how == "recompute":
                 assert step.block in named

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import random
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgetrain.planner.dynamic import Table
-from edgetrain.planner.stages import Problem, Stage, Way
+from edgetrain.planner.stages import Problem, Selection, Stage, Way
 from tests.planner.schedules import every_schedule, peak_of, seconds_of
 
 small = st.integers(0, 4)
@@ -24,9 +26,18 @@ def stages(draw: st.DrawFn, given: int) -> Stage:
     forward, saved = draw(whole_seconds), draw(small)
     invertible, recompute = draw(st.booleans()), draw(st.integers(0, 5)) > 0
     inverse_bytes = gradients + max(0, 2 * (given - output))
+    products = draw(small)
     ways = [Way("invert", draw(whole_seconds), inverse_bytes + draw(small))]
     if draw(st.booleans()):
         ways.append(Way("invert_layerwise", draw(whole_seconds), inverse_bytes + draw(small)))
+    selection = Selection(
+        products_bytes=products,
+        keeps_output=draw(st.booleans()),
+        forward_seconds=draw(whole_seconds),
+        forward_bytes=output + products + draw(small),
+        backward_seconds=draw(whole_seconds),
+        backward_bytes=left + draw(small),
+    )
     return Stage(
         output_bytes=output,
         saved_bytes=saved,
@@ -44,6 +55,7 @@ def stages(draw: st.DrawFn, given: int) -> Stage:
         recompute_bytes=left + draw(small),
         gradient_bytes=gradients,
         ways=tuple(ways) if invertible else (),
+        selection=selection if recompute and not invertible and draw(st.booleans()) else None,
     )
 
 
@@ -79,3 +91,37 @@ def test_equals_the_best_of_all_schedules_at_every_budget(problem: Problem) -> N
             steps = table.instructions(m)
             assert peak_of(problem, steps) <= m
             assert seconds_of(problem, steps) == pytest.approx(best)
+
+
+@pytest.mark.parametrize(("blocks", "limit_s"), [(60, 1.0), (150, 5.0)])
+@pytest.mark.parametrize("invertible", [False, True])
+def test_solves_long_chains_quickly(blocks: int, limit_s: float, *, invertible: bool) -> None:
+    numbers = random.Random(0)
+
+    def stage() -> Stage:
+        seconds, output = numbers.uniform(0.5, 2), 100_000 * numbers.randint(5, 20)
+        return Stage(
+            output_bytes=output,
+            saved_bytes=100_000 * numbers.randint(0, 40),
+            keeps_input=True,
+            keeps_output=not invertible and numbers.random() < 0.5,
+            forward_seconds=seconds,
+            forward_all_seconds=seconds,
+            forward_bytes=output,
+            dropping_seconds=seconds,
+            dropping_bytes=output,
+            forward_all_bytes=4 * output,
+            backward_seconds=2 * seconds,
+            backward_bytes=2 * output,
+            recompute_seconds=3 * seconds,
+            recompute_bytes=3 * output,
+            gradient_bytes=10_000,
+            ways=(Way("invert", 3 * seconds, 3 * output), Way("invert_layerwise", 4 * seconds, output)) * invertible,
+        )
+
+    chain = tuple(stage() for _ in range(blocks))
+    problem = Problem(chain, 100_000, 2_000_000, 0.1, (0,) * blocks)
+    began = time.process_time()
+    table = Table(problem, sum(one.output_bytes + one.saved_bytes for one in chain), slots=500)
+    assert time.process_time() - began < limit_s
+    assert table.least() is not None

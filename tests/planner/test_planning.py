@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import edgetrain
 from edgetrain.errors import BudgetError, ModelError, UsageError
@@ -30,6 +31,25 @@ def convolutions(count: int = 12) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
 
 
+def inverted_residuals(count: int = 5) -> nn.Sequential:
+    """As in a MobileNet: much to keep and little to compute between convolutions."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            parts: list[nn.Module] = []
+            for inputs, outputs, size, groups in ((32, 128, 1, 1), (128, 128, 3, 128), (128, 32, 1, 1)):
+                convolution = nn.Conv2d(inputs, outputs, size, padding=size // 2, groups=groups, bias=False)
+                parts += [convolution, nn.BatchNorm2d(outputs), nn.ReLU6(inplace=True)]
+            self.inner = nn.Sequential(*parts[:-1])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.inner(x)
+
+    blocks = [Block() for _ in range(count)]
+    return nn.Sequential(nn.Conv2d(3, 32, 3, stride=2, padding=1), *blocks, nn.Flatten(), nn.Linear(2048, 10))
+
+
 def networks() -> dict[str, nn.Module]:
     torch.manual_seed(0)
     return {
@@ -38,6 +58,7 @@ def networks() -> dict[str, nn.Module]:
         "revnet": edgetrain.create_model("revnet18", widths=(8, 16, 24, 32)),
         "resnet": edgetrain.create_model("resnet20"),
         "convolutions": convolutions(),
+        "inverted residuals": inverted_residuals(),
     }
 
 
@@ -83,6 +104,20 @@ def test_fits_by_trace_and_trains_as_autograd_does(name: str, place: float) -> N
         assert ((own.grad - other.grad).abs().max() / scale) < 1e-10, parameter
     for own, other in zip(planned.buffers(), plain.buffers(), strict=True):
         assert torch.allclose(own, other, rtol=1e-10, atol=1e-13)
+
+
+def test_blocks_that_keep_the_results_of_their_products_say_so() -> None:
+    """On a device whose arithmetic is slow for its memory; a wider one would run these blocks again."""
+    model, budget = inverted_residuals(), int(0.6 * plan_of("inverted residuals").peak_bytes)
+    costs = measure_costs(model, input_shape=SHAPE, batch_size=8)
+    times = predicted_times(costs, replace(RATES, flops_per_s={64: 5e9}))
+    plan = edgetrain.plan(model, input_shape=SHAPE, batch_size=8, budget=budget, times=times)
+    assert plan.peak_bytes <= budget
+    assert "selective" in plan.modes
+    reason = plan.reasons[plan.modes.index("selective")]
+    assert "keeps the results of its convolutions and matrix products, " in reason
+    assert "spares" in reason
+    assert any(other.name == "selective" for other in plan.rejected[plan.modes.index("store")])
 
 
 def test_less_memory_never_costs_less_time() -> None:

@@ -106,7 +106,7 @@ def run(chain: Chain, x: Tensor) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("mode", ["keep_all", "recompute"])
+@pytest.mark.parametrize("mode", ["keep_all", "selective", "recompute"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gradients(name: str, mode: str) -> None:
     assert_same_step(network(name), mode)
@@ -123,7 +123,8 @@ def test_inversion_inside_a_forward_of_ones_own(mode: str) -> None:
 @pytest.mark.parametrize("name", ["residual", "training branch", "two branches"])
 def test_a_frozen_network(name: str) -> None:
     """Evaluation mode with gradients, planned in training mode."""
-    assert_same_step(network(name).eval(), "recompute")
+    for mode in ("selective", "recompute"):
+        assert_same_step(network(name).eval(), mode)
 
 
 def test_a_mode_that_changes_after_wrapping() -> None:

@@ -14,8 +14,8 @@ import edgetrain
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("mode", ["recompute", "invert", "invert_layerwise"])
-@pytest.mark.parametrize("name", ["hybrid18", "irevnet18"])
+@pytest.mark.parametrize("mode", ["selective", "recompute", "invert", "invert_layerwise"])
+@pytest.mark.parametrize("name", ["hybrid18", "irevnet18", "resnet20"])
 def test_gradients_on_cuda(name: str, mode: Any) -> None:
     torch.manual_seed(0)
     model = edgetrain.create_model(name, width=8).double().cuda()
