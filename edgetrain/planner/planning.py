@@ -197,10 +197,22 @@ class Planner:
         search, _ = self._search(self.batch_size // micro_batches)
         return tuple(self._whole(candidate, micro_batches) for candidate in search.front())
 
-    def least(self) -> tuple[Candidate, int]:
-        """The step with the smallest peak, and its number of micro-batches."""
-        leanest = [(self._whole(self._search(self.batch_size // n)[0].least(), n), n) for n in self._counts]
-        return min(leanest, key=lambda found: found[0].peak_bytes)
+    def least(self) -> Candidate:
+        """The step with the smallest peak."""
+        return min((self._whole(c, n) for c, n in self._leanest()), key=lambda found: found.peak_bytes)
+
+    def needed(self) -> tuple[int, int]:
+        """Bytes that the leanest step needs of the device, and its number of micro-batches."""
+        found = []
+        for candidate, count in self._leanest():
+            peak = self._whole(candidate, count).peak_bytes
+            reserved = self._reserved_bytes(candidate)
+            # gradients that stay from part to part
+            found.append((max(peak, (reserved or 0) + peak - candidate.peak_bytes), count))
+        return min(found)
+
+    def _leanest(self) -> list[tuple[Candidate, int]]:
+        return [(self._search(self.batch_size // n)[0].least(), n) for n in self._counts]
 
     def costs(self, samples: int) -> Costs:
         """Bytes of every instruction on a batch of ``samples``."""

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 def shortage(planner: Planner, budget_bytes: int) -> BudgetError:
     """The error of a planner that found nothing within ``budget_bytes``."""
-    least, count = planner.least()
+    least_bytes, count = planner.needed()
     return BudgetError(
         found=f"a budget of {format_mib(budget_bytes)} for {planner.batch_size} samples on {planner.place.name}",
-        expected=f"at least {format_mib(least.peak_bytes)}, the smallest peak of any plan found",
-        action=", or ".join(_changes(planner, budget_bytes, least.peak_bytes, count)),
+        expected=f"at least {format_mib(least_bytes)}, what the leanest plan found needs",
+        action=", or ".join(_changes(planner, budget_bytes, least_bytes, count)),
     )
 
 

@@ -64,7 +64,7 @@ def planned(
     kinds = {(m.weight.shape, m.stride, m.groups) for m in model.modules() if isinstance(m, nn.Conv2d)}
     batch_bytes = 4 * recipe.batch_size * input_shape[0] * input_shape[1] * input_shape[2]
     aside = _LIBRARY_BYTES + 2 * _KERNEL_BYTES * len(kinds) + 2 * batch_bytes  # the next batch, and its images
-    least_bytes = planner.least()[0].peak_bytes
+    least_bytes = planner.least().peak_bytes
     target = max(int(_SHARE * budget_bytes) - aside, least_bytes)
     found: Plan | None = None
 
