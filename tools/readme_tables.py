@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "memory.md", ROOT / "docs" / "time.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("memory.md", "planning.md", "time.md")))
 
 
 def load(name: str) -> dict[str, Any] | None:
@@ -128,7 +128,50 @@ def steps() -> str:
     return "\n".join([*lines, "", provenance(document)])
 
 
-TABLES = {"memory": memory, "prediction": prediction, "time": time, "steps": steps, "peers": peers, "parity": parity}
+def planner() -> str:
+    """Plans at fractions of the keep-all peak against the fastest of torch's ways that fits."""
+    document = load("planner_bench_cpu.json")
+    if document is None:
+        return "Not measured yet."
+    lines = [
+        "| network | budget | plan: peak | of keep-all time | torch's fastest that fits | plan / torch |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in document["rows"]:
+        head = f"| {row['network']}, batch {row['batch']} | {row['budget']:.0%}, {row['budget_bytes'] / 2**20:.0f} MiB"
+        peer = "none" if row["peer"] is None else row["peer"]
+        if "infeasible" in row:
+            lines.append(f"{head} | none fits | | {peer} | |")
+            continue
+        ratio = "" if row["over_peer"] is None else f"{row['over_peer']:.2f}"
+        peak = f"{row['peak_bytes'] / 2**20:.0f} MiB"
+        lines.append(f"{head} | {peak} | {row['over_keep_all']:.2f} | {peer} | {ratio} |")
+    return "\n".join([*lines, "", provenance(document)])
+
+
+def monet() -> str:
+    """Predicted overheads beside published ones."""
+    document = load("monet_table_cpu.json")
+    if document is None:
+        return "Not measured yet."
+    lines = ["| network | budget of the keep-all peak | plan, predicted | MONeT, published |", "|---|---|---|---|"]
+    for row in document["rows"]:
+        ours = "none fits" if "infeasible" in row else f"{row['overhead']:+.1%}"
+        published = f"{row['published_overhead']:+.1%}"
+        lines.append(f"| {row['network']}, batch {row['batch']} | {row['fraction']:.0%} | {ours} | {published} |")
+    return "\n".join([*lines, "", provenance(document)])
+
+
+TABLES = {
+    "memory": memory,
+    "prediction": prediction,
+    "time": time,
+    "steps": steps,
+    "peers": peers,
+    "parity": parity,
+    "planner": planner,
+    "monet": monet,
+}
 
 
 def render(text: str) -> str:
