@@ -17,6 +17,7 @@ import argparse
 import copy
 import gc
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -188,8 +189,10 @@ def run(case: Case, rounds: int, *, compile_budgets: list[float]) -> list[dict[s
     runners = [*racing, *(plan for plan in plans if plan is not None)]
     for runner in runners:
         runner.seconds.clear()
+    order = random.Random(0)
     for _ in range(rounds):
-        for runner in runners:
+        # what ran before leaves pages and caches behind: nobody always comes after the same one
+        for runner in order.sample(runners, len(runners)):
             runner.time()
     for row, plan_runner in zip(rows, plans, strict=True):
         fitting = [peer for peer in racing if peer.peak_bytes <= row["budget_bytes"]]
