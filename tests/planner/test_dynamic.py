@@ -9,10 +9,10 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from schedules import every_schedule, peak_of, seconds_of
 
 from edgetrain.planner.dynamic import Table
 from edgetrain.planner.stages import Problem, Selection, Stage, Way
-from tests.planner.schedules import every_schedule, peak_of, seconds_of
 
 small = st.integers(0, 4)
 whole_seconds = st.integers(1, 9).map(float)
