@@ -130,7 +130,7 @@ class Plan:
             lines.append(f"peak {format_mib(costed.peak_bytes)}{reserved}{limit}")
             gap = costed.step_seconds / costed.bound_seconds - 1
             lines.append(
-                f"step {1e3 * costed.step_seconds:.1f} ms ({costed.times}), at most {gap:.1%} from the optimum"
+                f"step {1e3 * costed.step_seconds:.1f} ms ({costed.times}), {gap:.1%} above the planner's own bound"
             )
         return "\n".join(lines)
 

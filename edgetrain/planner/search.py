@@ -95,7 +95,11 @@ class Search:
         return best
 
     def bound_seconds(self, budget_bytes: int) -> float:
-        """Seconds that no schedule of the family beats within ``budget_bytes``, by this cost model; may be infinite."""
+        """Of the fastest schedule within ``budget_bytes`` with every size rounded down to a slot; may be infinite.
+
+        By the planner's own count of bytes, which is coarser than the simulation and sometimes too high: then a
+        schedule that the simulation lets through is faster than this.
+        """
         top = min(budget_bytes, self.uniform["keep_all"].peak_bytes) - self._resident_bytes
         if top <= 0:
             return float("inf")
