@@ -84,6 +84,26 @@ def test_wrong_argument(arguments: str, code: int, said: str, capfd: pytest.Capt
     assert not Path("run").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ("--image-size 18", 3, "divisible by 2"),
+        ("--model bad_input_models:odd", 3, "7 channels"),
+        ("--model bad_input_models:misfit", 3, "block 2"),
+        ("--model bad_input_models:raises", 3, "of its own"),
+        ("--budget 1MiB", 5, "weights, gradients and momentum"),
+    ],
+)
+def test_wrong_argument_of_a_run_that_plans(
+    arguments: str, code: int, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*DIGITS, "--mode", "planned", *arguments.split()]) == code
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert_paragraph(err)
+    assert said in err
+
+
 def images(root: Path, *, count: int, classes: int = 2) -> list[Path]:
     pixels, files = np.random.default_rng(0), []
     for split in ("train", "test"):
