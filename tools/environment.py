@@ -62,8 +62,8 @@ def command() -> str:
     """The command line that made this result, where to write it left out."""
     words, skip = [], False
     for word in sys.argv[1:]:
-        if skip or word in ("--out", "--json"):
-            skip = word == "--out"
+        if skip or word in ("--out", "--keep", "--json"):
+            skip = word in ("--out", "--keep")
             continue
         # a path of this machine says nothing elsewhere: its last part does
         words.append(Path(word).name if word.startswith(("/", "..")) else word)
@@ -78,3 +78,36 @@ def publish(rows: list[dict[str, Any]], *, out: Path | None, as_json: bool, **mo
         out.write_text(json.dumps(document, indent=1) + "\n")
     if as_json:
         print(json.dumps(document))
+
+
+class KeptRows:
+    """Rows of a long run, one JSON line each, kept as they are found: a run that was stopped goes on from there.
+
+    Rows found by another commit, in a changed tree or with other versions are not taken.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._versions = versions()
+        self._rows: dict[str, dict[str, Any]] = {}
+        if path is None or not path.exists() or self._versions["edgetrain"].endswith("-dirty"):
+            return
+        for line in path.read_text().splitlines():
+            try:
+                kept = json.loads(line)
+            except json.JSONDecodeError:  # the line at which a run was stopped
+                continue
+            if kept["versions"] == self._versions and kept["machine"] == machine():
+                self._rows[kept["key"]] = kept["row"]
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """The row kept under ``key``, or None."""
+        return self._rows.get(key)
+
+    def add(self, key: str, row: dict[str, Any]) -> None:
+        """Keeps ``row`` under ``key``."""
+        self._rows[key] = row
+        if self._path is not None:
+            kept = {"key": key, "versions": self._versions, "machine": machine(), "row": row}
+            with self._path.open("a") as file:
+                file.write(json.dumps(kept) + "\n")

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from environment import publish
+from environment import KeptRows, publish
 
 OPTIMIZERS = ("sgd", "adamw")
 PLAIN = "keep_all"
@@ -242,11 +242,21 @@ def in_fresh_process(case: Case, kind: str, device: str) -> dict[str, int]:
 
 def rows_of(chosen: list[Case], arguments: argparse.Namespace) -> Iterator[tuple[Case, dict[str, Any]]]:
     """The lines of the table, in order; the next ones are measured while one is predicted."""
+    kept = KeptRows(arguments.keep)
+    keys = {case: json.dumps([asdict(case), arguments.device, arguments.peers]) for case in chosen}
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        measuring = [pool.submit(in_fresh_process, case, "measured", arguments.device) for case in chosen]
+        measuring = {
+            case: pool.submit(in_fresh_process, case, "measured", arguments.device)
+            for case, key in keys.items()
+            if kept.get(key) is None
+        }
         try:
-            for case, measured in zip(chosen, measuring, strict=True):
-                yield case, _row(case, measured.result(), arguments)
+            for case, key in keys.items():
+                row = kept.get(key)
+                if row is None:
+                    row = _row(case, measuring[case].result(), arguments)
+                    kept.add(key, row)
+                yield case, row
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -298,6 +308,7 @@ def main() -> None:
     parser.add_argument("--no-peers", dest="peers", action="store_false")
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     parser.add_argument("--out", type=Path, help="write the JSON document to this file too")
+    parser.add_argument("--keep", type=Path, help="keep every line in this file too; what it has is not measured again")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--kind", choices=("measured", "peers"), default="measured", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

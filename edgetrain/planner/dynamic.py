@@ -20,8 +20,8 @@ it must be there in the end), ``hold`` (somebody else holds it: it costs nothing
 appear in a fixed order, last block first, so what they occupy is known for every (s, t).
 
 Bytes are counted in slots. Rounded down, the table bounds what any schedule of this family takes by these bytes;
-rounded to the nearest with the remainders carried on from block to block, sums are off by no more than a slot whatever their
-length, and the schedules it gives are checked byte by byte afterwards (:mod:`edgetrain.planner.search`).
+rounded to the nearest with the remainders carried on from block to block, sums are off by no more than a slot whatever
+their length, and the schedules it gives are checked byte by byte afterwards (:mod:`edgetrain.planner.search`).
 
 The table takes O(L^2 M) memory and O(L^3 M) time for L blocks and M slots, in NumPy.
 """
