@@ -1,5 +1,8 @@
 """Runs a Program: a plain loop with one small function per instruction.
 
+Stored blocks that follow each other (``Program.joins``) run in one graph of autograd's, as in the plain network: a
+graph per block would cost more than a small block's arithmetic.
+
 An :class:`Execution` is one training step in progress. Tensors that only the step knows are worked on in place;
 whatever somebody else can see (the batch, the logits handed out, the gradient handed in, what autograd saved for
 a stored block) is copied before it would be overwritten.
@@ -8,6 +11,7 @@ a stored block) is copied before it would be overwritten.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,23 +43,40 @@ from edgetrain.runtime.record import Record
 Updater = Callable[[int], None]
 
 
-@dataclass
-class _Graph:
-    """What autograd keeps of one stored block.
+@dataclass(slots=True)
+class _Run:
+    """Stored blocks that follow each other in one graph of autograd's.
 
     Attributes:
-        like: a tensor without memory, of the shape and kind of the input; None where no gradient is asked for.
-        caught: gets the gradient with respect to the input.
+        like: shape, type and device of the input of the first block; None where no gradient is asked for.
+        gradient: the one on its way down, there until the block that it goes into is done.
+        arrived: ``gradient`` is the one with respect to the input.
     """
 
-    like: Tensor | None
-    caught: list[Tensor] = field(default_factory=list)
+    like: tuple[torch.Size, torch.dtype, torch.device] | None
+    gradient: Tensor | None = None
+    arrived: bool = False
+
+
+@dataclass(slots=True)
+class _Graph:
+    """A stored block in its run.
+
+    Attributes:
+        first: of the run's blocks; ``last`` likewise.
+        edge: where the last block's output comes from; None where nothing in it needs a gradient.
+        storages: what autograd saved, where that is watched.
+    """
+
+    run: _Run
+    first: bool
+    last: bool = True
     edge: GradientEdge | None = None
     storages: set[int] = field(default_factory=set)
 
 
 class _Entry(torch.autograd.Function):
-    """Where the graph of a block begins: catches the gradient of the input.
+    """Where a graph begins: catches the gradient of the input.
 
     A leaf would do the same, but holds the input until the backward pass, whether anything in the block saved it or
     not.
@@ -65,15 +86,39 @@ class _Entry(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, x: Tensor, caught: list[Tensor]) -> Tensor:
-        ctx.caught = caught
+    def forward(ctx: Any, anchor: Tensor, x: Tensor, run: _Run) -> Tensor:
+        ctx.run = run
         return x.detach()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dx: Tensor) -> tuple[None, None, None]:
-        ctx.caught.append(dx)
+        ctx.run.gradient, ctx.run.arrived = dx, True
         return None, None, None
+
+
+class _Exit(torch.autograd.Function):
+    """Where the graph of several blocks ends: hands in the gradient of the output.
+
+    A gradient given to ``torch.autograd.backward`` is held until the whole graph is done, not only its last block.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, run: _Run) -> Tensor:
+        ctx.run = run
+        return y.new_empty(0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        return ctx.run.gradient, None
+
+
+def _passing(run: _Run, z: dict[int, Tensor], freed: tuple[int, ...], gradient: Tensor) -> None:
+    """Between two blocks of a run: the gradient of the later one goes, and what the program frees there."""
+    run.gradient = gradient
+    for index in freed:
+        z.pop(index, None)
 
 
 class Execution:
@@ -89,6 +134,7 @@ class Execution:
         self._z: dict[int, Tensor] = {}
         self._g: dict[int, Tensor] = {}
         self._graphs: dict[int, _Graph] = {}
+        self._joining: tuple[Tensor, _Run] | None = None
         self._records: dict[int, Record] = {}
         self._products: dict[int, Products] = {}
         self._offloaded: dict[int, Offloaded] = {}
@@ -124,6 +170,8 @@ class Execution:
                 self._store(block, again=False)
             case Forward(block, keep):
                 self._forward(block, keep)
+            case Free(index):
+                self._z.pop(index, None)
             case Recompute(first, last, keep):
                 for block in range(first, last + 1):
                     if keep == "all":
@@ -146,23 +194,33 @@ class Execution:
                 if self._update is None:
                     raise RuntimeError("the program updates in the backward pass: wrap() needs an optimizer")
                 self._update(block)
-            case Free(index):
-                self._z.pop(index, None)
 
     def _store(self, i: int, *, again: bool) -> None:
-        block, x = self._blocks[i], self._z[i].detach()
-        differentiable = (i > 0 or self._input_gradient) and x.is_floating_point()
-        graph = _Graph(x.new_empty(1).expand(x.shape) if differentiable else None)
-        # what autograd saves matters only to a block that would overwrite this one's output
-        watched = i + 1 < len(self._blocks) and isinstance(self._blocks[i + 1].module, Invertible)
-        with torch.enable_grad(), _watching(graph.storages) if watched else contextlib.nullcontext():
-            if differentiable:
-                x = _Entry.apply(torch.empty(0, requires_grad=True), x, graph.caught)
+        block = self._blocks[i]
+        before, self._joining = self._joining, None
+        x = self._z[i].detach() if before is None else before[0]
+        run = _Run(_like(x) if i > 0 or self._input_gradient else None) if before is None else before[1]
+        graph = self._graphs[i] = _Graph(run, first=before is None)
+        before = None
+        with torch.enable_grad(), _watching(graph.storages) if self._is_watched(i) else contextlib.nullcontext():
+            if graph.first and run.like is not None:
+                x = _Entry.apply(torch.empty(0, requires_grad=True), x, run)
             with self._records[i].again() if again else contextlib.nullcontext():
                 y = block.module(x)
-        graph.edge = get_gradient_edge(y) if y.requires_grad else None
-        self._graphs[i] = graph
+        del x
         self._z[i + 1] = y.detach()
+        if not y.requires_grad:
+            return
+        if i + 1 in self._program.joins:
+            y.register_hook(functools.partial(_passing, run, self._z, self._program.joins[i + 1]))
+            graph.last, self._joining = False, (y, run)
+            return
+        with torch.enable_grad():
+            graph.edge = get_gradient_edge(y if graph.first else _Exit.apply(y, run))
+
+    def _is_watched(self, i: int) -> bool:
+        """Whether what autograd saves of block i matters: to a block that would overwrite this one's output."""
+        return i + 1 < len(self._blocks) and isinstance(self._blocks[i + 1].module, Invertible)
 
     def _forward(self, i: int, keep: Keep) -> None:
         module = self._blocks[i].module
@@ -197,14 +255,24 @@ class Execution:
         return self._products[i].keeping()
 
     def _backward_saved(self, i: int) -> None:
-        graph, dy = self._graphs.pop(i), self._g.pop(i + 1)
-        if graph.edge is not None:
-            torch.autograd.backward([graph.edge], [dy])
-        del dy
-        if graph.caught:
-            self._g[i] = graph.caught.pop()
-        elif graph.like is not None:
-            self._g[i] = torch.zeros_like(graph.like, memory_format=torch.contiguous_format)
+        """The backward pass of a whole run when its last block's turn comes."""
+        graph = self._graphs.pop(i)
+        run = graph.run
+        if graph.last:
+            run.gradient = self._g.pop(i + 1)
+            if graph.edge is not None:
+                given = run.gradient if graph.first else run.gradient.new_empty(0)
+                torch.autograd.backward([graph.edge], [given])
+                del given
+        if not graph.first:
+            return
+        gradient, run.gradient = run.gradient, None
+        if run.arrived and gradient is not None:
+            self._g[i] = gradient
+        elif run.like is not None:
+            del gradient
+            shape, dtype, device = run.like
+            self._g[i] = torch.zeros(shape, dtype=dtype, device=device)
 
     def _backward_again(self, i: int, within: contextlib.AbstractContextManager[object]) -> None:
         """Runs block i once more from z[i], under autograd and inside ``within``, and goes back."""
@@ -255,6 +323,10 @@ def _watching(storages: set[int]) -> saved_tensors_hooks:
         return tensor
 
     return saved_tensors_hooks(pack, unpack)
+
+
+def _like(x: Tensor) -> tuple[torch.Size, torch.dtype, torch.device] | None:
+    return (x.shape, x.dtype, x.device) if x.is_floating_point() else None
 
 
 def _storage(tensor: Tensor) -> int:

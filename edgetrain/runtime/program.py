@@ -24,6 +24,7 @@ Blocks are numbered 0..L-1; ``z[i]`` is the input of block i and ``g[i]`` the gr
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, get_args
@@ -122,6 +123,32 @@ class Program:
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     instructions: tuple[Instruction, ...]
+
+    @functools.cached_property
+    def joins(self) -> dict[int, tuple[int, ...]]:
+        """Blocks that are stored right after the block before and go back right before it: their graphs can be one.
+
+        Nothing but ``free`` comes in between. For each, the z that are freed after its backward pass.
+        """
+        joined: set[int] = set()
+        freed: dict[int, list[int]] = {}
+        stored = gone_back = None  # the block that the last instruction but ``free`` stored, or went back through
+        for step in self.instructions:
+            if isinstance(step, Forward | Recompute) and step.keep == "all":
+                first, last = (step.block, step.block) if isinstance(step, Forward) else (step.first, step.last)
+                joined.update(range(first + 1, last + 1))
+                (joined.add if stored == first - 1 else joined.discard)(first)
+                stored, gone_back = last, None
+            elif isinstance(step, Backward) and step.how == "saved":
+                if gone_back != step.block + 1:
+                    joined.discard(step.block + 1)
+                stored, gone_back = None, step.block
+                freed[step.block] = []
+            elif not isinstance(step, Free):
+                stored = gone_back = None
+            elif gone_back is not None:
+                freed[gone_back].append(step.index)
+        return {i: tuple(freed[i]) for i in sorted(joined) if i in freed and i - 1 in freed}
 
     def table(self) -> str:
         """The instructions as text, a line each, with the shape they give."""

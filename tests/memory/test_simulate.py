@@ -34,6 +34,7 @@ from edgetrain.runtime import (
     Program,
     Recompute,
     Update,
+    executor,
 )
 from edgetrain.runtime.program import Place
 
@@ -134,10 +135,14 @@ def plan_of(model: nn.Module, *instructions: Instruction) -> Plan:
 def traced(
     model: nn.Module, plan: Plan, patch: pytest.MonkeyPatch, *, batch: int = BATCH, shape: tuple[int, ...] = INPUT
 ) -> tuple[list[tuple[int, int, int]], int]:
-    """Bytes before, during and after each instruction of a traced step, and the peak of all of it."""
+    """Bytes before, during and after each instruction of a traced step, and the peak of all of it.
+
+    Blocks in one graph go back in one call, that of the last block's instruction: marks in it part them.
+    """
     recorders: list[Recorder] = []
     spans: list[tuple[int, int]] = []
-    run = Execution._run
+    inside: list[int] = []
+    run, passing = Execution._run, executor._passing
 
     class Watched(Recorder):
         def __init__(self) -> None:
@@ -145,9 +150,15 @@ def traced(
             recorders.append(self)
 
     def marked(self: Execution, step: Instruction) -> None:
-        start = recorders[0].mark()
+        start = inside.pop(0) if inside else recorders[0].mark()
         run(self, step)
-        spans.append((start, recorders[0].mark()))
+        end = recorders[0].mark()
+        spans.append((start, inside[0] if inside else end))
+
+    def marked_passing(graph_run: Any, z: dict[int, Tensor], freed: tuple[int, ...], gradient: Tensor) -> None:
+        for indices in ((), *((index,) for index in freed)):
+            passing(graph_run, z, indices, gradient)
+            inside.append(recorders[0].mark())
 
     def wrap(fake: nn.Module) -> nn.Module:
         updating = any(isinstance(step, Update) for step in plan.program.instructions)
@@ -156,6 +167,7 @@ def traced(
     with patch.context() as local:
         local.setattr(step_module, "Recorder", Watched)
         local.setattr(Execution, "_run", marked)
+        local.setattr(executor, "_passing", marked_passing)
         trace = trace_step(model, input_shape=shape, batch_size=batch, wrap=wrap, optimizer=None)
     sizes: dict[int, int] = {}
     level = peak = 0
