@@ -31,7 +31,7 @@ def convolution_bound(call: Call) -> list[int]:
         dy, x, weight, _, stride, padding, dilation, transposed, _, groups, _ = call.arguments
     else:
         x, weight, _, stride, padding, dilation, transposed, output_padding, groups = call.arguments
-        dy = _output(x, weight, stride, padding, dilation, transposed, output_padding, groups)
+        dy = convolution_output(x, weight, stride, padding, dilation, transposed, output_padding, groups)
     strided, dilated = any(k != 1 for k in stride), any(k != 1 for k in dilation)
     window = math.prod(weight.shape[2:])
     small, pixels = (dy, x) if transposed else (x, dy)  # a transposed one unfolds its output for each of its inputs
@@ -84,7 +84,7 @@ def _blocked(meta: TensorMeta, *dimensions: int) -> int:
     return math.prod(shape) * meta.dtype.itemsize
 
 
-def _output(
+def convolution_output(
     x: TensorMeta,
     weight: TensorMeta,
     stride: Sequence[int],
@@ -94,6 +94,7 @@ def _output(
     output_padding: Sequence[int],
     groups: int,
 ) -> TensorMeta:
+    """The form of what a convolution gives, contiguous."""
     extents = []
     for k, extent in enumerate(x.shape[2:]):
         window = dilation[k] * (weight.shape[2 + k] - 1) + 1

@@ -4,8 +4,8 @@ On the CPU:
 
 - convolutions of oneDNN copy input, weights and output to a blocked layout. Which of them, with how many channels of
   padding, and what scratch memory comes on top depends on the shape, the element type and the instructions of the
-  processor. So each distinct convolution of a step is run for real on two small batches under the profiler, and each
-  of its allocations that grows with the batch is continued to the whole of it.
+  processor. So each distinct convolution of a step is run for real on a small batch or two under the profiler
+  (:mod:`edgetrain.memory.small_runs`), and each of its allocations that grows with the batch is continued to the whole.
 - matrix products in bfloat16 pack their factors; small ones are run, large ones count with the most that was seen.
 - the mean in half precision is that of a copy in float32.
 - interpolation to at most 64 x 64 is computed channels last, on copies (``UpSampleKernel.cpp``); the backward pass of
@@ -24,25 +24,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from edgetrain.memory.convolution_bound import convolution_bound, is_pointwise
-from edgetrain.memory.measure import record_allocations
+from edgetrain.memory.convolution_bound import convolution_bound
+from edgetrain.memory.inner import RESULTS, Inner, Steps
+from edgetrain.memory.small_runs import is_convolution, key_of_call, run_small
 from edgetrain.memory.trace import Call, TensorMeta
 
 DeviceKind = Literal["cpu", "cuda"]
 
-_CONVOLUTION = "aten.convolution.default"
-_CONVOLUTION_BACKWARD = "aten.convolution_backward.default"
-_FEW = 2, 3  # a single sample may go to another kernel
-_PROBE_BYTES, _PROBE_WORK = 2**22, 2**30  # of the larger batch; multiplications
-_FEW_PER_THREAD = 4  # fewer are not spread over all threads, each of which has its scratch
-_CONSTANT_PART = 0.01  # what a copy has besides, such as a bias
-_ONEDNN_SAMPLES = 16  # see convolution_bound.is_pointwise
 _COPYING = (
     "aten.native_layer_norm.default",
     "aten.native_layer_norm_backward.default",
@@ -68,25 +60,6 @@ _VECTOR_SIDES = 128
 _POINTWISE = frozenset(("add", "sub", "mul", "div", "addcmul", "addcdiv", "lerp", "where", "maximum", "minimum", "pow"))
 
 
-@dataclass(frozen=True)
-class Inner:
-    """One thing that an operator does with memory.
-
-    Attributes:
-        name: of a temporary, in its operator; None for a result.
-        nbytes: above zero for an allocation, zero for a free.
-    """
-
-    name: int | None
-    nbytes: int
-
-
-RESULTS = Inner(None, 0)
-"""All results that have not been allocated yet, in order."""
-
-Steps = tuple[Inner, ...]
-
-
 class InnerAllocations:
     """Sequences of :class:`Inner` for the operators of ``calls`` on a device.
 
@@ -100,10 +73,9 @@ class InnerAllocations:
         self._device = device
         self._known: dict[Any, Steps] = {}
         if device == "cpu":
-            distinct = {_key(call): call for call in calls if _is_convolution(call)}
+            distinct = {key_of_call(call): call for call in calls if is_convolution(call)}
             if measured:
-                distinct |= {_key(call): call for call in calls if _is_small_product(call)}
-                self._known = _measured(distinct)
+                self._known = run_small([*distinct.values(), *filter(_is_small_product, calls)])
             else:
                 self._known = {key: _around(convolution_bound(call), before=True) for key, call in distinct.items()}
 
@@ -111,7 +83,7 @@ class InnerAllocations:
         """What ``call`` does, its results included."""
         if self._device != "cpu":
             return _around(_copies(call), before=True)
-        if self._known and (_is_convolution(call) or _is_product(call)) and (known := self._known.get(_key(call))):
+        if (is_convolution(call) or _is_product(call)) and (known := self._known.get(key_of_call(call))):
             return known
         name = call.operator.removeprefix("aten.").partition(".")[0].rstrip("_")
         if name in _POINTWISE:
@@ -222,10 +194,6 @@ _RULES: dict[str, Callable[[Call], list[int]]] = {
 }
 
 
-def _is_convolution(call: Call) -> bool:
-    return call.operator in (_CONVOLUTION, _CONVOLUTION_BACKWARD)
-
-
 def _is_product(call: Call) -> bool:
     return call.operator.removeprefix("aten.").partition(".")[0] in _PRODUCTS
 
@@ -236,145 +204,3 @@ def _is_small_product(call: Call) -> bool:
         return False
     factors = _tensors(call)[-2:]
     return factors[0].dtype == torch.bfloat16 and sum(t.nbytes for t in factors) <= _SMALL_PRODUCT_BYTES
-
-
-def _key(call: Call) -> Any:
-    return call.operator, call.arguments
-
-
-def _batch_size(call: Call) -> int:
-    return int(call.arguments[0].shape[0])
-
-
-def _measured(distinct: dict[Any, Call]) -> dict[Any, Steps]:
-    wanted = [run for key, call in distinct.items() for run in _runs(key, call)]
-    # steps of two batch sizes of one model have their small ones in common
-    missing = list(dict.fromkeys(run for run in wanted if run not in _histories))
-    if missing:
-        recorded = record_allocations(_call, map(_arguments, missing))
-        _histories.update(zip(missing, recorded, strict=True))
-    found = {}
-    for key, call in distinct.items():
-        small, *larger = (_histories[run] for run in _runs(key, call))
-        n = _batch_size(call)
-        found[key] = _sequence(small, larger[0], _few(call), n) if larger else _sequence(small, small, (n, n), n)
-    return found
-
-
-def _runs(key: Any, call: Call) -> list[Any]:
-    """The operators to run in order to know this one: itself, or the same convolution on a few samples."""
-    n = _batch_size(call)
-    few = _few(call) if _is_convolution(call) else (n, n)
-    if n <= few[1]:
-        return [(*key, torch.get_num_threads())]
-    if n >= _ONEDNN_SAMPLES:
-        key = _for_onednn(key)
-    return [_shrunk(key, k) for k in few]
-
-
-def _few(call: Call) -> tuple[int, int]:
-    """Samples in the two batches to run: enough for all threads, as long as that is quick."""
-    threads = torch.get_num_threads()
-    batched = [a for a in call.arguments[:2] if isinstance(a, TensorMeta) and a.shape[:1] == (_batch_size(call),)]
-    sample_bytes = max(1, *(a.nbytes // max(a.shape[0], 1) for a in batched))
-    work, n = _sample_work(call), _batch_size(call)
-    if n * sample_bytes <= 4 * _PROBE_BYTES and n * work <= _PROBE_WORK:
-        return n, n  # the whole batch is quick
-    large = min(2 * _FEW_PER_THREAD * threads * (threads > 1), _PROBE_BYTES // sample_bytes, _PROBE_WORK // work)
-    return (large // 2, large // 2 * 2) if large > 2 * _FEW[0] else _FEW
-
-
-def _sample_work(call: Call) -> int:
-    """Multiplications for one sample, roughly: all weights at every pixel that the stride leaves."""
-    first = 0 if call.operator == _CONVOLUTION else 1
-    x, weight = call.arguments[first : first + 2]
-    pixels = math.prod(x.shape[2:]) // math.prod(call.arguments[first + 3])
-    return max(1, (1 + first) * math.prod(weight.shape) * pixels)
-
-
-def _for_onednn(key: Any) -> Any:
-    """``key``, where few samples would go another way than many: a window of one pixel may as well be dilated."""
-    operator, arguments = key
-    weight_at, stride_at = (1, 3) if operator == _CONVOLUTION else (2, 4)
-    dilation_at = stride_at + 2
-    weight, stride, dilation = arguments[weight_at], arguments[stride_at], arguments[dilation_at]
-    if weight.dtype != torch.float32 or not is_pointwise(weight, stride, dilation):
-        return key
-    return operator, (*arguments[:dilation_at], (2,) * len(dilation), *arguments[dilation_at + 1 :])
-
-
-_histories: dict[Any, list[tuple[int, int]]] = {}
-
-
-def _shrunk(key: Any, n: int) -> Any:
-    """The key of the same convolution on ``n`` samples."""
-    operator, arguments = key
-    batched = 1 if operator == _CONVOLUTION else 2
-    small = [TensorMeta((n, *a.shape[1:]), a.strides, a.dtype) for a in arguments[:batched]]
-    return operator, (*small, *arguments[batched:]), torch.get_num_threads()
-
-
-def _arguments(key: Any) -> list[Any]:
-    operator, arguments, _ = key
-    return [operator, *(_zeros(a) if isinstance(a, TensorMeta) else a for a in arguments)]
-
-
-def _zeros(meta: TensorMeta) -> Tensor:
-    """A tensor of that form, an expanded one included: several elements may share one place."""
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(meta.shape, meta.strides, strict=True))
-    return torch.zeros(extent, dtype=meta.dtype).as_strided(meta.shape, meta.strides)
-
-
-@torch.no_grad()
-def _call(operator: str, *arguments: Any) -> object:
-    name, overload = operator.removeprefix("aten.").split(".")
-    return getattr(getattr(torch.ops.aten, name), overload)(*arguments)
-
-
-def _sequence(small: list[tuple[int, int]], large: list[tuple[int, int]], few: tuple[int, int], n: int) -> Steps:
-    """The allocations of a call on ``n`` samples, by continuing from those of the two of ``few``.
-
-    Where the larger has some more in one place, a loop over the samples makes them, and one round of it is enough: it
-    frees what it takes. Where the two do not correspond otherwise, the library took another way for one of them, and
-    the larger is scaled as a whole.
-    """
-    counterparts = _counterparts(small, large)
-    alive: dict[int, int] = {}
-    names: list[int] = []
-    for position, (address, nbytes) in enumerate(large):
-        if nbytes > 0:
-            alive[address] = position
-        names.append(alive[address] if nbytes > 0 else alive.pop(address))
-    results = set(alive.values())
-    steps = []
-    for position, (_, nbytes) in enumerate(large):
-        if nbytes < 0:
-            steps.append(Inner(names[position], 0))
-            continue
-        if counterparts is None:
-            nbytes = -(-nbytes * n // few[1])
-        elif counterparts[position] is not None:
-            nbytes = _continued(small[counterparts[position]][1], nbytes, few, n)
-        steps.append(Inner(None if position in results else position, max(nbytes, 1)))
-    return (*steps, RESULTS)
-
-
-def _continued(small: int, large: int, few: tuple[int, int], n: int) -> int:
-    """Bytes for ``n`` samples: copies of the batch grow with it, scratch has steps and does not."""
-    grows = small != large and abs(small * few[1] - large * few[0]) <= _CONSTANT_PART * large * few[0]
-    return large + (large - small) * (n - few[1]) // (few[1] - few[0]) if grows else max(small, large)
-
-
-def _counterparts(small: list[tuple[int, int]], large: list[tuple[int, int]]) -> list[Any] | None:
-    """For each event of ``large`` the position of its like in ``small``; None in it for one of another round."""
-    signs = [[nbytes > 0 for _, nbytes in history] for history in (small, large)]
-    more = len(large) - len(small)
-    same = next((k for k, (a, b) in enumerate(zip(*signs, strict=False)) if a != b), min(map(len, signs)))
-    if more < 0 or signs[0][same:] != signs[1][same + more :]:
-        return None
-    live: set[int] = set()
-    for address, nbytes in large[same : same + more]:
-        if nbytes < 0 and address not in live:
-            return None
-        (live.add if nbytes > 0 else live.remove)(address)
-    return None if live else [*range(same), *[None] * more, *range(same, len(small))]

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from edgetrain.memory.cuda_allocator import Allocation, MemoryEvent, Release
-from edgetrain.memory.operators import DeviceKind, Inner, InnerAllocations
+from edgetrain.memory.inner import Inner
+from edgetrain.memory.operators import DeviceKind, InnerAllocations
 from edgetrain.memory.trace import Call, Kind, StepTrace
 
 INNER = "inside the operator"

@@ -113,7 +113,7 @@ def test_cuda_runs_nothing(monkeypatch: pytest.MonkeyPatch):
     def fail(*_: object) -> None:
         raise AssertionError("a convolution was run")
 
-    monkeypatch.setattr("edgetrain.memory.operators.record_allocations", fail)
+    monkeypatch.setattr("edgetrain.memory.small_runs.record_allocations", fail)
     arguments = tensors("16 channels", 4, torch.float32, transposed=False)
     call = call_of("aten.convolution.default", arguments, [8]).calls[0]
     assert [step.nbytes for step in InnerAllocations([call], "cuda").of(call)] == [0]
