@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from environment import publish
+from environment import KeptRows, publish
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint_sequential
 
@@ -246,6 +246,15 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+def _in_fresh_process(case: Case, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    command = [sys.executable, __file__, "--rounds", str(arguments.rounds), "--case", json.dumps(vars(case))]
+    if arguments.compile:
+        command += ["--compile", *(str(budget) for budget in arguments.compile)]
+    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    found: list[dict[str, Any]] = json.loads(answer.splitlines()[-1])
+    return found
+
+
 def main() -> None:
     """Measures, prints, writes; every network in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -254,6 +263,7 @@ def main() -> None:
     parser.add_argument("--compile", nargs="*", type=float, default=[], help="budgets for torch.compile, like 0.5")
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     parser.add_argument("--out", type=Path, help="write the JSON document to this file too")
+    parser.add_argument("--keep", type=Path, help="keep every network's lines in this file too, and go on from there")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case is not None:
@@ -261,16 +271,18 @@ def main() -> None:
         print(json.dumps(run(case, arguments.rounds, compile_budgets=arguments.compile)))
         return
     stream = sys.stderr if arguments.json else sys.stdout
+    kept = KeptRows(arguments.keep)
     rows: list[dict[str, Any]] = []
     for case in CASES:
         if arguments.networks and case.name not in arguments.networks:
             continue
-        command = [sys.executable, __file__, "--rounds", str(arguments.rounds), "--case", json.dumps(vars(case))]
-        if arguments.compile:
-            command += ["--compile", *(str(budget) for budget in arguments.compile)]
-        answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        rows += json.loads(answer.splitlines()[-1])
-        for row in rows[-len(FRACTIONS) :]:
+        key = json.dumps([vars(case), arguments.rounds, arguments.compile])
+        known = kept.get(key)
+        found = _in_fresh_process(case, arguments) if known is None else known["rows"]
+        if known is None:
+            kept.add(key, {"rows": found})
+        rows += found
+        for row in found:
             print(line(row), file=stream, flush=True)
     publish(rows, out=arguments.out, as_json=arguments.json, seed=0)
 
