@@ -18,7 +18,9 @@ def estimate(
     input_shape: str = typer.Option("3x32x32", "--input", help="Shape of one sample, CxHxW."),
     batch: int = typer.Option(32, "--batch", min=1, help="Samples in a step."),
     device: str = typer.Option("cpu", help="Profile, a name of edgetrain devices or a path."),
-    optimizer: str = typer.Option("sgd", help="sgd, sgd-plain, adam, adamw, rmsprop, adagrad or none."),
+    optimizer: str = typer.Option(
+        "sgd", help="sgd, sgd-plain, adam, adamw, rmsprop, adagrad, sgd-8bit, adamw-8bit, lion-8bit or none."
+    ),
     precision: str = typer.Option("fp32", help="fp32, bf16 or fp16: of weights, activations and gradients."),
     mode: str = typer.Option(
         "", help="keep_all, selective, recompute, invert or invert_layerwise; without it plain autograd."

@@ -23,7 +23,9 @@ def plan(
     device: Annotated[
         str | None, typer.Option(help="Profile; without it this machine, on which blocks are timed.")
     ] = None,
-    optimizer: Annotated[str, typer.Option(help="sgd, sgd-plain, adam, adamw, rmsprop or adagrad.")] = "sgd",
+    optimizer: Annotated[
+        str, typer.Option(help="sgd, sgd-plain, adam, adamw, rmsprop, adagrad, sgd-8bit, adamw-8bit or lion-8bit.")
+    ] = "sgd",
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16: of weights, activations and gradients.")] = "fp32",
     num_classes: Annotated[int, typer.Option(min=0, help="Classes; 0 leaves the model's own number.")] = 0,
     update_in_backward: Annotated[

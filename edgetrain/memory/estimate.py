@@ -43,6 +43,7 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16,
 _PROCESS_BYTES = 8 * MIB
 _KERNEL_BYTES = 200 * KIB  # code that oneDNN generates for a convolution, forward or backward
 _PACKING_BYTES = 20 * MIB  # buffers of the matrix multiplication, taken by the first large one
+_EIGHT_BIT_BYTES = 48 * MIB  # bitsandbytes 0.50 and the modules that it imports
 _LARGE_MATMUL = 2**27  # multiplications
 _OWNERS = 3
 _MEASURED_BATCHES = (2, 4)
@@ -373,7 +374,9 @@ def _library_bytes(trace: StepTrace) -> int:
     packing = any(
         _is_matmul(call.operator) and _multiplications(call.arguments) >= _LARGE_MATMUL for call in trace.calls
     )
-    return _PROCESS_BYTES + _KERNEL_BYTES * len(convolutions) + _PACKING_BYTES * packing
+    eight_bit = any(call.operator.startswith("bitsandbytes.") for call in trace.calls)
+    code = _KERNEL_BYTES * len(convolutions) + _EIGHT_BIT_BYTES * eight_bit
+    return _PROCESS_BYTES + code + _PACKING_BYTES * packing
 
 
 def _is_matmul(operator: str) -> bool:

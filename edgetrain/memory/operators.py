@@ -15,6 +15,7 @@ On the CPU:
 - a pointwise operator on two element types first converts one of its operands (``TensorIterator``).
 - layer and group norm copy what is not contiguous.
 - attention takes a tile of scores per thread (``aten/src/ATen/native/cpu/FlashAttentionKernel.cpp``).
+- 8 bit optimisers decode the state of a parameter, see :mod:`edgetrain.memory.eight_bit`.
 
 On CUDA, kernels convert and index as they go; what cuDNN and cuBLAS take is a workspace of the library, see
 :mod:`edgetrain.memory.estimate`.
@@ -29,6 +30,7 @@ from typing import Any, Literal
 import torch
 
 from edgetrain.memory.convolution_bound import convolution_bound
+from edgetrain.memory.eight_bit import update_temporaries
 from edgetrain.memory.inner import RESULTS, Inner, Steps
 from edgetrain.memory.small_runs import is_convolution, key_of_call, run_small
 from edgetrain.memory.trace import Call, TensorMeta
@@ -191,6 +193,7 @@ _RULES: dict[str, Callable[[Call], list[int]]] = {
     "upsample_bilinear2d": _upsample,
     "upsample_nearest2d": _upsample,
     **dict.fromkeys(_PRODUCTS, _product),
+    "bitsandbytes": update_temporaries,
 }
 
 

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgetrain.chain.fakes import NeedsDataError, fake_like, fake_mode, spare_the_compiler
 from edgetrain.errors import EdgetrainError, ModelError, UsageError, near_matches
+from edgetrain.memory.eight_bit import EIGHT_BIT
 from edgetrain.memory.trace import Recorder, StepTrace
 from edgetrain.nn.slices import abridged_slices
 
@@ -33,6 +34,7 @@ OPTIMIZERS: dict[str, OptimizerFactory] = {
     "adamw": lambda parameters: torch.optim.AdamW(parameters, fused=True),
     "rmsprop": lambda parameters: torch.optim.RMSprop(parameters, foreach=False),
     "adagrad": lambda parameters: torch.optim.Adagrad(parameters, foreach=False),
+    **EIGHT_BIT,
 }
 """Optimisers by name. Those that torch has in a fused form use it: it updates in place, without temporaries."""
 

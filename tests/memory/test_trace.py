@@ -14,6 +14,7 @@ from torch import nn
 
 import edgetrain
 from edgetrain.memory import OPTIMIZERS, StepTrace, classification_loss, measure_peak, timeline, trace_step
+from edgetrain.memory.eight_bit import EIGHT_BIT
 from edgetrain.memory.step import optimizer_factory
 
 LOW, HIGH = 0.995, 1.03
@@ -86,6 +87,8 @@ def test_peak_of_other_types(name: str, dtype: torch.dtype):
 @pytest.mark.parametrize("optimizer", [*OPTIMIZERS, None])
 @pytest.mark.parametrize("name", ["linear", "depthwise"])  # weights at the peak, activations at the peak
 def test_peak_with_optimizer(name: str, optimizer: str | None):
+    if optimizer in EIGHT_BIT:
+        pytest.importorskip("bitsandbytes", reason="needs the extra eightbit: pip install 'edgetrain[eightbit]'")
     assert_predicted(STEPS[name], 4, optimizer=optimizer)
 
 
