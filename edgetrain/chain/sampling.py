@@ -26,6 +26,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -151,6 +152,17 @@ class SampledNetwork(Drawing):
     def members(self) -> list[nn.Module]:
         """All modules that can be drawn."""
         return [self.model.get_submodule(name) for stage in self.stages for name in stage.names]
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What is trained, for one optimiser: a group for each module that can be drawn, and one for the rest.
+
+        A step finds gradients in all of a group or in none. Fused optimisers of torch need that: they refuse a group in
+        which some parameters have momentum already and others do not.
+        """
+        groups = [[p for p in module.parameters() if p.requires_grad] for module in self.members()]
+        drawn = {p for group in groups for p in group}
+        rest = [p for p in self.model.parameters() if p.requires_grad and p not in drawn]
+        return [{"params": group} for group in (rest, *groups) if group]
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[nn.Module]:

@@ -130,7 +130,7 @@ class Trainer:
         self._net = wrap(model, plan, optimizer=self.recipe.optimizer)
         # those of the blocks, which the plan steps in the backward pass, or one that steps after it
         self._optimizers: list[torch.optim.Optimizer] = list(self._net.optimizers.values())
-        self._last = None if self._optimizers else self.recipe.optimizer(_trained(self.model))
+        self._last = None if self._optimizers else self.recipe.optimizer(self._trained())
         self._optimizers += [] if self._last is None else [self._last]
         self._step = 0
 
@@ -236,6 +236,11 @@ class Trainer:
         self._step += 1
         return value, hits
 
+    def _trained(self) -> list[nn.Parameter] | list[dict[str, Any]]:
+        if self._sampled is not None:
+            return self._sampled.parameter_groups()
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
     def _check_weights(self, epoch: int) -> None:
         """The loss is made before the update: after the last step of an epoch it tells nothing of the weights."""
         for name, value in self.model.state_dict().items():
@@ -249,10 +254,6 @@ class Trainer:
     def _write_metrics(self) -> None:
         lines = "".join(json.dumps(asdict(record)) + "\n" for record in self.history)
         write_atomically(self.run_dir / "metrics.jsonl", lines.encode())
-
-
-def _trained(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 @torch.no_grad()

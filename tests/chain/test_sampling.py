@@ -111,7 +111,7 @@ def test_gradients_of_a_draw(name: str, mode: Any) -> None:
 
 def step_peak(net: SampledNetwork, wrapped: nn.Module, batch: Tensor, step: int) -> int:
     """Measured peak of one steady step besides what is there when it begins."""
-    optimizer = OPTIMIZERS["sgd"](net.model.parameters())
+    optimizer = OPTIMIZERS["sgd"](net.parameter_groups())  # type: ignore[arg-type]
     labels = torch.zeros(BATCH, dtype=torch.long)
     for parameter in net.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
