@@ -3,14 +3,18 @@
 from edgetrain.chain.chain import MODES, Block, Chain, Mode, State, chain_of, restore_state, saved_state
 from edgetrain.chain.measure_noise import measure_noise
 from edgetrain.chain.noise import BlockNoise, Noise, Way
+from edgetrain.chain.sampling import Keep, SampledNetwork, Stage
 
 __all__ = [
     "MODES",
     "Block",
     "BlockNoise",
     "Chain",
+    "Keep",
     "Mode",
     "Noise",
+    "SampledNetwork",
+    "Stage",
     "State",
     "Way",
     "chain_of",

@@ -107,6 +107,16 @@ class Chain:
         return tuple(shapes)
 
 
+class Drawing(nn.Module):
+    """A module that computes what ``drawn`` computes at the moment, and is cut as that is."""
+
+    drawn: nn.Sequential
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.drawn(x)
+        return y
+
+
 def chain_of(model: nn.Module) -> Chain:
     """Cuts ``model`` into a chain of blocks. Nothing is attached to the model; parameters and buffers are shared.
 
@@ -217,6 +227,8 @@ def _join_last(parts: list[_Part]) -> None:
 
 
 def _leaves(path: str, module: nn.Module) -> Iterator[str]:
+    if isinstance(module, Drawing):
+        path, module = join(path, "drawn"), module.drawn
     # a hook on a container would be lost if the container were opened
     if type(module) is not nn.Sequential or module._forward_hooks or module._forward_pre_hooks:
         yield path

@@ -56,7 +56,7 @@ class Knowledge:
     def _signature(self, module: nn.Module) -> Any:
         found = self._signatures.get(id(module))
         if found is None:
-            found = self._signatures[id(module)] = _signature(module)
+            found = self._signatures[id(module)] = signature(module)
         return found
 
     def overwrites(self, module: nn.Module) -> bool:
@@ -162,7 +162,12 @@ def _training(module: nn.Module, *, own: bool, inner: bool) -> Iterator[None]:
 _INTERNAL = frozenset(nn.Module().__dict__)
 
 
-def _signature(module: nn.Module) -> Any:
+def _record(module: nn.Module) -> set[str]:
+    """What the last pass left for its repetition says nothing of what the next one does."""
+    return {"saved"} if isinstance(module, Invertible) else set()
+
+
+def signature(module: nn.Module) -> Any:
     """A value that is equal for modules whose ``forward`` does the same, whatever their weights."""
     seen: dict[int, int] = {}
     try:
@@ -171,7 +176,7 @@ def _signature(module: nn.Module) -> Any:
                 path,
                 type(m),
                 closed(m),
-                tuple((k, _frozen(v)) for k, v in m.__dict__.items() if k not in _INTERNAL),
+                tuple((k, _frozen(v)) for k, v in m.__dict__.items() if k not in _INTERNAL | _record(m)),
                 tuple(
                     (k, None if v is None else (seen.setdefault(id(v), len(seen)), v.dim()))
                     for members in (m._parameters, m._buffers)

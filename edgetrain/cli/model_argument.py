@@ -11,9 +11,25 @@ from typing import Any
 
 from torch import nn
 
+from edgetrain.chain import SampledNetwork
 from edgetrain.errors import EdgetrainError, ModelError, UsageError
 from edgetrain.models import create_model
 from edgetrain.targets.memory import says_out_of_memory
+
+
+def sampled_maker(
+    make_model: Callable[[], nn.Module], keep: str | None, *, input_shape: tuple[int, int, int], seed: int
+) -> Callable[[], nn.Module]:
+    """A function that makes the network of ``make_model`` with sampled modules; ``keep`` None samples none."""
+    if keep is None:
+        return make_model
+    return functools.partial(_sampled, make_model, keep, input_shape, seed)
+
+
+def _sampled(
+    make_model: Callable[[], nn.Module], keep: str, input_shape: tuple[int, int, int], seed: int
+) -> SampledNetwork:
+    return SampledNetwork(make_model(), keep, input_shape=input_shape, seed=seed)
 
 
 def model_maker(spec: str, *, num_classes: int | None, in_channels: int) -> Callable[[], nn.Module]:

@@ -37,6 +37,10 @@ def plan(
         typer.Option("--allow-ghost-batchnorm", help="Allow parts although batch norm then sees other statistics."),
     ] = False,
     snr_limit: Annotated[float, typer.Option(help="Least signal over noise of an inverted activation.")] = 1e4,
+    sample_modules: Annotated[
+        str | None,
+        typer.Option(help="Residual modules of each stage that run in a step, 1/2 or 5,4,4; changes training."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the weights, whose noise is measured.")] = 0,
     explain: Annotated[
         bool, typer.Option("--explain", help="Every block's mode and reason, and what was rejected.")
@@ -47,13 +51,15 @@ def plan(
     """Choose per block what to keep, recompute or invert, so that a step fits and is fast."""
     import torch
 
-    from edgetrain.cli.model_argument import model_maker
+    from edgetrain.chain import SampledNetwork
+    from edgetrain.cli.model_argument import model_maker, sampled_maker
     from edgetrain.planner import plan as make_plan
     from edgetrain.train.checkpoint import write_atomically
 
     torch.manual_seed(seed)
     shape = parse_shape(input_shape)
-    net = model_maker(model, num_classes=num_classes or None, in_channels=shape[0])()
+    make_model = model_maker(model, num_classes=num_classes or None, in_channels=shape[0])
+    net = sampled_maker(make_model, sample_modules, input_shape=shape, seed=seed)()
     found = make_plan(
         net,
         input_shape=shape,
@@ -74,6 +80,8 @@ def plan(
         return
     where = "this machine" if device is None else device
     typer.echo(f"{model}, {batch} x {input_shape}, {precision}, {optimizer}, on {where}")
+    if isinstance(net, SampledNetwork):
+        typer.echo(f"in each step {net.extra_repr()} modules of its stages, which changes training")
     if explain:
         typer.echo(found.explain())
         typer.echo(found.program.table())

@@ -37,6 +37,10 @@ def train(
     update_in_backward: Annotated[
         bool, typer.Option("--update-in-backward", help="A plan that steps the optimiser block by block.")
     ] = False,
+    sample_modules: Annotated[
+        str | None,
+        typer.Option(help="Residual modules of each stage that run in a step, 1/2 or 5,4,4; changes training."),
+    ] = None,
     image_size: Annotated[int | None, typer.Option(min=8, help="Side in pixels; images are resized.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak rate; default 0.4 per 512 samples.")] = None,
     limit_train: Annotated[int | None, typer.Option(min=1, help="Use that many training images.")] = None,
@@ -56,6 +60,7 @@ def train(
         mode=mode,
         plan_file=plan,
         update_in_backward=update_in_backward,
+        sample_modules=sample_modules,
         image_size=image_size,
         learning_rate=learning_rate,
         limit_train=limit_train,
@@ -108,6 +113,7 @@ def run_training(
     mode: str,
     plan_file: Path | None = None,
     update_in_backward: bool = False,
+    sample_modules: str | None = None,
     image_size: int | None,
     learning_rate: float | None,
     limit_train: int | None,
@@ -119,7 +125,7 @@ def run_training(
     """What ``edgetrain train`` does, as a value: the result that ``--json`` prints."""
     import torch
 
-    from edgetrain.cli.model_argument import model_maker
+    from edgetrain.cli.model_argument import model_maker, sampled_maker
     from edgetrain.cli.progress import TrainingProgress
     from edgetrain.planner import UniformMode
     from edgetrain.train import Recipe
@@ -158,6 +164,7 @@ def run_training(
         chosen = read_plan(plan_file, channels=source.channels, images=len(source))
         batch_size, *shape = chosen.input_shape
         input_shape = (shape[0], shape[1], shape[2])
+    make_model = sampled_maker(make_model, sample_modules, input_shape=input_shape, seed=seed)
     recipe = Recipe(epochs=epochs, batch_size=batch_size, peak_rate=learning_rate, seed=seed)
     mean, std = channel_statistics(source, input_shape, seed=seed)
     loaders: list[Loader] = []
@@ -192,6 +199,7 @@ def run_training(
     return {
         "model": model,
         "mode": mode if plan_file is None else "plan",
+        "sample_modules": sample_modules,
         "predicted_step_seconds": None if run.plan.costed is None else run.plan.costed.step_seconds,
         "step_seconds": batch_size / run.history[-1].images_per_second,
         "classes": list(source.classes),

@@ -6,6 +6,7 @@ Parameters: 269,722 (20), 464,154 (32), 658,586 (44), 853,018 (56), 1,727,962 (1
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from edgetrain.errors import UsageError
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with batch norm; the shortcut drops pixels and pads channels with zeros (option A)."""
+
+    branch_ends: ClassVar[tuple[str, ...]] = ("norm2",)
 
     def __init__(self, in_channels: int, channels: int, *, stride: int) -> None:
         super().__init__()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ class ResidualBlock(nn.Module):
     Args:
         activated: whether the last leaky ReLU is here; False where the pooling that follows has it.
     """
+
+    branch_ends: ClassVar[tuple[str, ...]] = ("norm2",)
 
     def __init__(self, channels: int, *, slope: float = 0.1, activated: bool = True) -> None:
         super().__init__()

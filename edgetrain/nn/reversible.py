@@ -63,6 +63,15 @@ class ReversibleBlock(Invertible):
         """Whether hidden activations can be inverted one by one: both modules are invertible."""
         return isinstance(self.f, Invertible) and isinstance(self.g, Invertible)
 
+    @property
+    def branch_ends(self) -> tuple[str, ...]:
+        """Paths of the last layers with parameters in f and in g, on whose scale that of the residuals depends."""
+        inside = [
+            [f"{name}.{path}".rstrip(".") for path, layer in module.named_modules() if layer._parameters]
+            for name, module in (("f", self.f), ("g", self.g))
+        ]
+        return tuple(paths[-1] for paths in inside if paths)
+
     def forward(self, x: Tensor) -> Tensor:
         check_halves(x.shape[1])
         if not is_replaying():

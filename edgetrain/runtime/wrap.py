@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from edgetrain.chain import Chain, chain_of
+from edgetrain.chain import Block, Chain, SampledNetwork, chain_of
 from edgetrain.errors import ModelError
 from edgetrain.runtime.executor import Execution
 from edgetrain.runtime.program import Program, Update
@@ -40,7 +40,8 @@ class Wrapped(nn.Module):
     Attributes:
         model: the module given to :func:`wrap`; its parameters and buffers are shared, not copied.
         plan: what is executed.
-        optimizers: one per block with parameters where the plan updates in the backward pass, else empty.
+        optimizers: by its module, that of each block with parameters where the plan updates in the backward pass, else
+            empty.
     """
 
     def __init__(self, model: nn.Module, plan: Planned, *, optimizer: OptimizerFactory | None = None) -> None:
@@ -49,7 +50,7 @@ class Wrapped(nn.Module):
         self.plan = plan
         self._chain = chain_of(model)
         _check(self._chain, plan.program)
-        self.optimizers: dict[int, torch.optim.Optimizer] = {}
+        self.optimizers: dict[nn.Module, torch.optim.Optimizer] = {}
         if any(isinstance(step, Update) for step in plan.program.instructions):
             if optimizer is None:
                 raise ModelError(
@@ -58,12 +59,13 @@ class Wrapped(nn.Module):
                     action="pass optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1)",
                 )
             owned = set[nn.Parameter]()
-            for i, block in enumerate(self._chain.blocks):
+            sampled = self.model.members() if isinstance(self.model, SampledNetwork) else []
+            for module in dict.fromkeys([*(block.module for block in self._chain.blocks), *sampled]):
                 # the gradient of a parameter of several blocks is complete after the first one's backward pass
-                parameters = [p for p in block.module.parameters() if p.requires_grad and p not in owned]
+                parameters = [p for p in module.parameters() if p.requires_grad and p not in owned]
                 owned.update(parameters)
                 if parameters:
-                    self.optimizers[i] = optimizer(parameters)
+                    self.optimizers[module] = optimizer(parameters)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of ``x`` (n, c, h, w)."""
@@ -86,8 +88,13 @@ class Wrapped(nn.Module):
         anchor = torch.zeros((), requires_grad=True)
         return _Step.apply(x, anchor, self)
 
-    def _update(self, block: int) -> None:
-        optimizer = self.optimizers.get(block)
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks that a step runs now."""
+        blocks = self._chain.blocks
+        return self.model.in_places(blocks) if isinstance(self.model, SampledNetwork) else blocks
+
+    def _update(self, block: Block) -> None:
+        optimizer = self.optimizers.get(block.module)
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -111,7 +118,8 @@ def wrap(model: nn.Module, plan: Planned, *, optimizer: OptimizerFactory | None 
 class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, wrapped: Wrapped) -> Tensor:
-        ctx.execution = Execution(wrapped.plan.program, wrapped._chain.blocks, update=wrapped._update)
+        blocks = wrapped.blocks()
+        ctx.execution = Execution(wrapped.plan.program, blocks, update=lambda i: wrapped._update(blocks[i]))
         y: Tensor = ctx.execution.forward(x)
         return y.view_as(y)
 

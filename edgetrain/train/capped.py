@@ -143,7 +143,7 @@ def train_capped(
                 on_step=None if on_step is None else lambda record: on_step(record, target),
             )
             history = trainer.fit(batches, test_batches)
-            return CappedRun(model, plan, history, target.peak_bytes(), budget_bytes, trainer.checkpoint)
+            return CappedRun(trainer.model, plan, history, target.peak_bytes(), budget_bytes, trainer.checkpoint)
         except Exception as error:
             if budget_bytes is None or not target.is_out_of_memory(error):
                 raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,7 +50,7 @@ class Recipe:
         position = step + 1.0
         return peak * min(position / rising, max(0.0, (steps + 1.0 - position) / falling), 1.0)
 
-    def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.SGD:
+    def optimizer(self, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]]) -> torch.optim.SGD:
         """The optimiser; its fused form updates in place without temporaries."""
         return torch.optim.SGD(
             parameters, lr=0.0, momentum=self.momentum, nesterov=True, weight_decay=self.weight_decay, fused=True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import signal
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgetrain.chain import SampledNetwork
 from edgetrain.errors import EdgetrainError, TrainingError
 from edgetrain.planner import Plan
 from edgetrain.runtime import wrap
@@ -24,6 +26,9 @@ from edgetrain.train.checkpoint import save_checkpoint, write_atomically
 from edgetrain.train.recipe import Recipe
 
 Batch = tuple[Tensor, Tensor]
+
+RECALIBRATION_BATCHES = 32
+"""Most training batches over which the statistics of a network trained with sampled modules are averaged."""
 
 
 class Batches(Protocol):
@@ -89,14 +94,18 @@ class InterruptedRunError(EdgetrainError):
 class Trainer:
     """Trains ``model`` as ``plan`` says and writes a run directory.
 
+    Of a :class:`SampledNetwork` every step runs another draw, that of its number. After each epoch the whole network is
+    recalibrated and evaluated; after the last one sampling ends, and the state saved is that of a plain network.
+
     Args:
+        model: any module, for which ``plan`` was made.
         run_dir: gets ``plan.json``, ``metrics.jsonl`` and ``checkpoints/last.safetensors``.
         recipe: optimiser, schedule, epochs.
         device: where to train.
         on_step: called after every step, for progress bars.
 
     Attributes:
-        model: the module being trained.
+        model: the module being trained, of a sampled one the whole network.
         history: one record per finished epoch.
     """
 
@@ -110,17 +119,18 @@ class Trainer:
         device: str | torch.device = "cpu",
         on_step: Callable[[StepRecord], None] | None = None,
     ) -> None:
-        self.model = model.to(device)
+        self._sampled = model if isinstance(model, SampledNetwork) else None
+        self.model = model.to(device) if self._sampled is None else self._sampled.to(device).model
         self.plan = plan
         self.run_dir = Path(run_dir)
         self.recipe = recipe or Recipe(batch_size=plan.input_shape[0])
         self.device = torch.device(device)
         self.history: list[EpochRecord] = []
         self._on_step = on_step
-        self._net = wrap(self.model, plan, optimizer=self.recipe.optimizer)
+        self._net = wrap(model, plan, optimizer=self.recipe.optimizer)
         # those of the blocks, which the plan steps in the backward pass, or one that steps after it
         self._optimizers: list[torch.optim.Optimizer] = list(self._net.optimizers.values())
-        self._last = None if self._optimizers else self.recipe.optimizer(_trained(self.model))
+        self._last = None if self._optimizers else self.recipe.optimizer(self._trained())
         self._optimizers += [] if self._last is None else [self._last]
         self._step = 0
 
@@ -182,12 +192,26 @@ class Trainer:
                 self.save(epoch=epoch - 1)
                 raise InterruptedRunError(self.checkpoint)
         seconds = time.perf_counter() - start
-        test_accuracy = None if test_batches is None else evaluate(self.model, test_batches, device=self.device)
+        with self._whole(batches, last=epoch == self.recipe.epochs):
+            test_accuracy = None if test_batches is None else evaluate(self.model, test_batches, device=self.device)
         return EpochRecord(
             epoch, loss_sum / max(seen, 1), correct / max(seen, 1), test_accuracy, seen / seconds, seconds
         )
 
+    def _whole(self, batches: Batches, *, last: bool) -> contextlib.AbstractContextManager[object]:
+        """Inside, the model is one to evaluate; it stays so after the last epoch."""
+        if self._sampled is None:
+            return contextlib.nullcontext()
+        some = (images.to(self.device) for images, _ in itertools.islice(batches, RECALIBRATION_BATCHES))
+        if last:
+            self._sampled.finish(some)
+            return contextlib.nullcontext()
+        self._sampled.recalibrate(some)
+        return self._sampled.whole()
+
     def _train_step(self, images: Tensor, labels: Tensor, total: int, epoch: int) -> tuple[float, int]:
+        if self._sampled is not None:
+            self._sampled.draw(self._step)  # all parts of a batch run the same modules
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.recipe.rate(self._step, total)
@@ -212,6 +236,11 @@ class Trainer:
         self._step += 1
         return value, hits
 
+    def _trained(self) -> list[nn.Parameter] | list[dict[str, Any]]:
+        if self._sampled is not None:
+            return self._sampled.parameter_groups()
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
     def _check_weights(self, epoch: int) -> None:
         """The loss is made before the update: after the last step of an epoch it tells nothing of the weights."""
         for name, value in self.model.state_dict().items():
@@ -225,10 +254,6 @@ class Trainer:
     def _write_metrics(self) -> None:
         lines = "".join(json.dumps(asdict(record)) + "\n" for record in self.history)
         write_atomically(self.run_dir / "metrics.jsonl", lines.encode())
-
-
-def _trained(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 @torch.no_grad()
