@@ -26,7 +26,7 @@ SIZE: dict[str, Any] = {"input_shape": (3, 16, 16), "batch_size": 4}
 NETWORKS: dict[str, dict[str, Any]] = {
     "hybrid18": {"width": 8, "blocks": (1, 1, 1), "slope": 0.2},
     "layerwise18": {"width": 8, "blocks": (2, 2, 1), "slope": 0.2},
-    "irevnet18": {"width": 8, "blocks": (1, 2, 1)},
+    "irevnet18": {"width": 8, "blocks": (1, 1, 1)},
 }
 SEQUENCES = tuple(itertools.product(("channel", "batch"), repeat=2))
 
@@ -62,7 +62,7 @@ def middle_budget(name: str) -> int:
     return sorted(row.least_bytes for row in found_of(name).sequences)[1] + 1000
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ["layerwise18", "irevnet18"])
 def test_is_the_best_of_the_sequences_planned_one_by_one(name: str) -> None:
     budget = middle_budget(name)
     found = found_of(name, budget=budget)
@@ -97,7 +97,7 @@ def test_the_seed_decides_not_what_was_planned_before() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("name", ["hybrid18", "irevnet18"])
+@pytest.mark.parametrize("name", ["hybrid18", "layerwise18"])
 def test_a_tighter_budget_changes_the_sequence(name: str) -> None:
     """Wide layers are fast on such a device, and their weights take memory."""
     free = found_of(name, "faster when wide")
@@ -124,7 +124,7 @@ def test_the_front_is_that_of_all_sequences_together() -> None:
     assert found.front[0].peak_bytes == min(front[0][0] for front in own.values())
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ["layerwise18", "irevnet18"])
 def test_the_chosen_network_trains_as_autograd_does(name: str) -> None:
     found = found_of(name, budget=middle_budget(name))
     assert set(found.plan.modes) != {"store"}
@@ -142,21 +142,21 @@ def test_the_chosen_network_trains_as_autograd_does(name: str) -> None:
 
 
 def test_where_nothing_fits_the_leanest_sequence_is_named() -> None:
-    least = min(row.least_bytes for row in found_of("hybrid18").sequences)
+    least = min(row.least_bytes for row in found_of("layerwise18").sequences)
     with pytest.raises(BudgetError) as refused:
-        found_of("hybrid18", budget=least - 1)
+        found_of("layerwise18", budget=least - 1)
     assert format_mib(least) in refused.value.expected
     assert "with pooling bb, the leanest of 4 sequences" in refused.value.expected
     named = re.search(r"raise --budget to (\d+MiB)", refused.value.action)
     assert named is not None
     enough = plan_from_scratch(
-        "hybrid18", **SIZE, budget=named.group(1), device=device("data sheet"), options=NETWORKS["hybrid18"]
+        "layerwise18", **SIZE, budget=named.group(1), device=device("data sheet"), options=NETWORKS["layerwise18"]
     )
     assert enough.plan.peak_bytes >= least
 
 
 def test_says_what_it_compares_and_what_not() -> None:
-    found = found_of("hybrid18", budget=middle_budget("hybrid18"))
+    found = found_of("layerwise18", budget=middle_budget("layerwise18"))
     table = found.summary()
     assert "Each pooling sequence is another network" in table
     for row, letters in zip(found.sequences, ("cc", "cb", "bc", "bb"), strict=True):
