@@ -26,6 +26,7 @@ def estimate(
         "", help="keep_all, selective, recompute, invert or invert_layerwise; without it plain autograd."
     ),
     num_classes: int = typer.Option(0, "--num-classes", min=0, help="Classes; 0 leaves the model's own number."),
+    pooling: str | None = typer.Option(None, help="Pooling sequence of a network of the zoo, c or b for each: ccb."),
     max_batch: bool = typer.Option(False, "--max-batch", help="Find the largest batch that fits."),
     measure: bool = typer.Option(False, "--measure", help="Run small batches for real, where a trace fails."),
     json_output: bool = typer.Option(False, "--json", help="Print one JSON document."),
@@ -34,7 +35,7 @@ def estimate(
     shape = parse_shape(input_shape)
 
     def at(batch_size: int) -> Estimate:
-        return _estimate(model, shape, batch_size, device, optimizer, precision, mode, num_classes, measure)
+        return _estimate(model, shape, batch_size, device, optimizer, precision, mode, num_classes, pooling, measure)
 
     if max_batch:
         from edgetrain.memory.estimate import max_batch as largest
@@ -82,12 +83,13 @@ def _estimate(
     precision: str,
     mode: str,
     num_classes: int,
+    pooling: str | None,
     measure: bool,
 ) -> Estimate:
     from edgetrain.cli.model_argument import model_maker
     from edgetrain.memory.estimate import estimate, estimate_measured
 
-    make = model_maker(model, num_classes=num_classes or None, in_channels=shape[0])
+    make = model_maker(model, num_classes=num_classes or None, in_channels=shape[0], pooling=pooling)
     chosen = None if optimizer == "none" else optimizer
     if measure:
         if mode or precision != "fp32":

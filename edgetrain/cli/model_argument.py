@@ -13,7 +13,7 @@ from torch import nn
 
 from edgetrain.chain import SampledNetwork
 from edgetrain.errors import EdgetrainError, ModelError, UsageError
-from edgetrain.models import create_model
+from edgetrain.models import create_model, pooling_letters, pooling_sequences
 from edgetrain.targets.memory import says_out_of_memory
 
 
@@ -32,22 +32,45 @@ def _sampled(
     return SampledNetwork(make_model(), keep, input_shape=input_shape, seed=seed)
 
 
-def model_maker(spec: str, *, num_classes: int | None, in_channels: int) -> Callable[[], nn.Module]:
+def model_maker(
+    spec: str, *, num_classes: int | None, in_channels: int, pooling: str | None = None
+) -> Callable[[], nn.Module]:
     """A function that makes the network ``spec`` names, with fresh weights.
 
     A function of the user's is called with ``num_classes`` and ``in_channels`` if it takes them.
 
     Args:
         num_classes: None leaves the number to the model.
+        pooling: sequence of a network of the zoo, a letter for each: ``ccb``; None leaves it to the model.
 
     Raises:
-        UsageError: nothing has that name, or what it gives is no module.
+        UsageError: nothing has that name, what it gives is no module, or its pooling cannot be chosen.
     """
-    offered = {"in_channels": in_channels} | ({} if num_classes is None else {"num_classes": num_classes})
+    offered: dict[str, Any] = {"in_channels": in_channels} | (
+        {} if num_classes is None else {"num_classes": num_classes}
+    )
+    if pooling is not None:
+        offered["pooling"] = parse_pooling(spec, pooling)
     if ":" not in spec:
         return functools.partial(create_model, spec, **offered)
     _load(spec)
     return functools.partial(_call, spec, offered)
+
+
+def parse_pooling(name: str, letters: str) -> tuple[str, ...]:
+    """The pooling sequence of the network ``name`` that ``letters`` such as ``ccb`` stand for.
+
+    Raises:
+        UsageError: the network has no such sequence.
+    """
+    sequences = {pooling_letters(sequence): sequence for sequence in pooling_sequences(name)}
+    if letters not in sequences:
+        raise UsageError(
+            found=f"--pooling {letters} for {name}",
+            expected="one of " + ", ".join(sequences),
+            action="give a letter for each pooling of the network, c for channel and b for batch",
+        )
+    return sequences[letters]
 
 
 def _load(spec: str) -> Callable[..., Any]:
@@ -66,7 +89,7 @@ def _load(spec: str) -> Callable[..., Any]:
         sys.path.pop(0)
 
 
-def _call(spec: str, offered: dict[str, int]) -> nn.Module:
+def _call(spec: str, offered: dict[str, Any]) -> nn.Module:
     """The network; finds the function by its name, so that it can be called in another process."""
     import inspect
 

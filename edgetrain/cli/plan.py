@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edgetrain.cli.estimate import parse_shape
+from edgetrain.errors import UsageError
 
 if TYPE_CHECKING:
-    from edgetrain.memory.estimate import Precision
+    from edgetrain.planner import Plan, PlanFromScratch, SequencePlan
 
 
 def plan(
@@ -28,6 +29,12 @@ def plan(
     ] = "sgd",
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16: of weights, activations and gradients.")] = "fp32",
     num_classes: Annotated[int, typer.Option(min=0, help="Classes; 0 leaves the model's own number.")] = 0,
+    pooling: Annotated[
+        str | None, typer.Option(help="Pooling sequence of a network of the zoo, c or b for each: ccb.")
+    ] = None,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Choose the pooling sequence too, which changes what is trained.")
+    ] = False,
     update_in_backward: Annotated[
         bool, typer.Option("--update-in-backward", help="Step the optimiser block by block.")
     ] = False,
@@ -54,27 +61,47 @@ def plan(
     from edgetrain.chain import SampledNetwork
     from edgetrain.cli.model_argument import model_maker, sampled_maker
     from edgetrain.planner import plan as make_plan
+    from edgetrain.planner import plan_from_scratch
     from edgetrain.train.checkpoint import write_atomically
 
-    torch.manual_seed(seed)
     shape = parse_shape(input_shape)
-    make_model = model_maker(model, num_classes=num_classes or None, in_channels=shape[0])
-    net = sampled_maker(make_model, sample_modules, input_shape=shape, seed=seed)()
-    found = make_plan(
-        net,
-        input_shape=shape,
-        batch_size=batch,
-        budget=budget,
-        device=device,
-        optimizer=optimizer,
-        precision=cast("Precision", precision),
-        update_in_backward=update_in_backward,
-        micro_batches=micro_batches or None,
-        allow_ghost_batchnorm=allow_ghost_batchnorm,
-        snr_limit=snr_limit,
-    )
+    arguments: dict[str, Any] = {
+        "input_shape": shape,
+        "batch_size": batch,
+        "budget": budget,
+        "device": device,
+        "optimizer": optimizer,
+        "precision": precision,
+        "update_in_backward": update_in_backward,
+        "micro_batches": micro_batches or None,
+        "allow_ghost_batchnorm": allow_ghost_batchnorm,
+        "snr_limit": snr_limit,
+    }
+    found: Plan | PlanFromScratch
+    net = None
+    if from_scratch:
+        for option, given in (("--pooling", pooling), ("--sample-modules", sample_modules)):
+            if given is not None:
+                raise UsageError(
+                    found=f"{option} with --from-scratch",
+                    expected="one of them: it chooses the pooling sequence of networks that have no residual modules",
+                    action="leave one out",
+                )
+        found = plan_from_scratch(
+            model,
+            **arguments,
+            options={"num_classes": num_classes} if num_classes else None,
+            seed=seed,
+            on_sequence=_say,
+        )
+        best = found.plan
+    else:
+        torch.manual_seed(seed)
+        make_model = model_maker(model, num_classes=num_classes or None, in_channels=shape[0], pooling=pooling)
+        net = sampled_maker(make_model, sample_modules, input_shape=shape, seed=seed)()
+        found = best = make_plan(net, **arguments)
     if out is not None:
-        write_atomically(out, found.to_json().encode())
+        write_atomically(out, best.to_json().encode())
     if as_json:
         typer.echo(found.to_json())
         return
@@ -84,6 +111,14 @@ def plan(
         typer.echo(f"in each step {net.extra_repr()} modules of its stages, which changes training")
     if explain:
         typer.echo(found.explain())
-        typer.echo(found.program.table())
+        typer.echo(best.program.table())
     else:
         typer.echo(found.summary())
+
+
+def _say(row: SequencePlan) -> None:
+    """Progress, on stderr."""
+    from edgetrain.models import pooling_letters
+
+    took = "does not fit" if row.plan is None else f"{1e3 * row.plan.step_seconds:.1f} ms"
+    typer.echo(f"pooling {pooling_letters(row.pooling)}: {took}", err=True)

@@ -14,6 +14,10 @@ from edgetrain.errors import DataError, UsageError, near_matches
 from edgetrain.units import format_mib, parse_size
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
     from edgetrain.planner import Plan
 
 PLANNED = "planned"
@@ -22,6 +26,9 @@ PLANNED = "planned"
 def train(
     data: Annotated[str, typer.Option(help="Folder or file of images and labels, or 'digits'.")],
     model: Annotated[str, typer.Option(help="Name in the zoo, or module:function.")] = "hybrid18",
+    pooling: Annotated[
+        str | None, typer.Option(help="Pooling sequence of a network of the zoo, c or b for each: ccb.")
+    ] = None,
     budget: Annotated[str | None, typer.Option(help="Hard memory cap, like 400MiB.")] = None,
     device: Annotated[str | None, typer.Option(help="Device profile, like gtx750; gives the default budget.")] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 50,
@@ -54,6 +61,7 @@ def train(
     result = run_training(
         data=data,
         model=model,
+        pooling=pooling,
         budget_bytes=choose_budget(budget, device),
         epochs=epochs,
         batch_size=batch_size,
@@ -107,6 +115,7 @@ def run_training(
     *,
     data: str,
     model: str,
+    pooling: str | None = None,
     budget_bytes: int | None,
     epochs: int,
     batch_size: int,
@@ -155,13 +164,14 @@ def run_training(
         if not error.found.endswith("has no test split"):
             raise
         test_source = None
-    make_model = model_maker(model, num_classes=len(source.classes), in_channels=source.channels)
+    make_model = model_maker(model, num_classes=len(source.classes), in_channels=source.channels, pooling=pooling)
     side = image_size or default_image_size(source)
     input_shape = (source.channels, side, side)
     batch_size = min(batch_size, len(source))
     chosen: UniformMode | Plan | None = None if mode == PLANNED else cast(UniformMode, mode)
     if plan_file is not None:
         chosen = read_plan(plan_file, channels=source.channels, images=len(source))
+        check_activations(chosen, make_model)
         batch_size, *shape = chosen.input_shape
         input_shape = (shape[0], shape[1], shape[2])
     make_model = sampled_maker(make_model, sample_modules, input_shape=input_shape, seed=seed)
@@ -198,6 +208,7 @@ def run_training(
         )
     return {
         "model": model,
+        "pooling": pooling,
         "mode": mode if plan_file is None else "plan",
         "sample_modules": sample_modules,
         "predicted_step_seconds": None if run.plan.costed is None else run.plan.costed.step_seconds,
@@ -240,6 +251,29 @@ def read_plan(path: Path, *, channels: int, images: int) -> Plan:
             action=f"make a plan with --batch {images} or less",
         )
     return plan
+
+
+def check_activations(plan: Plan, make_model: Callable[[], nn.Module]) -> None:
+    """Raises ModelError where the network has other activations than the one that ``plan`` was made for.
+
+    Networks that differ in their pooling sequence have blocks of the same names. The number of classes is left out.
+    """
+    from edgetrain.chain import chain_of
+    from edgetrain.errors import ModelError
+    from edgetrain.targets import release_free_memory
+
+    chain, program = chain_of(make_model()), plan.program
+    if tuple(block.name for block in chain.blocks) == program.names:  # else edgetrain.wrap says what differs
+        shapes = chain.shapes(program.shapes[0])
+        for name, own, planned in zip(program.names[1:], shapes[1:-1], program.shapes[1:-1], strict=True):
+            if own != planned:
+                raise ModelError(
+                    found=f"a plan in which {name} takes {planned} and a model in which it takes {own}",
+                    expected="the model that the plan was made for",
+                    action="pass the --model and --pooling of the plan, or make a new plan",
+                )
+    del chain
+    release_free_memory()
 
 
 def default_image_size(source: Any) -> int:

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
 
 from edgetrain.errors import UsageError, near_matches
 from edgetrain.models.cifar_resnet import cifar_resnet
+from edgetrain.models.parts import POOLINGS
 from edgetrain.models.residual import resnet, revnet
 from edgetrain.models.reversible import hybrid, irevnet, layerwise
 
-__all__ = ["cifar_resnet", "create_model", "hybrid", "irevnet", "layerwise", "model_names", "resnet", "revnet"]
+__all__ = [
+    "cifar_resnet",
+    "create_model",
+    "hybrid",
+    "irevnet",
+    "layerwise",
+    "model_names",
+    "pooling_letters",
+    "pooling_sequences",
+    "resnet",
+    "revnet",
+]
 
 _TABLE_MODELS: dict[str, Callable[..., nn.Sequential]] = {
     "resnet18": resnet,
@@ -41,14 +55,55 @@ def create_model(name: str, num_classes: int = 10, **options: Any) -> nn.Sequent
     Raises:
         UsageError: no such name; the message lists the near ones.
     """
-    family = _TABLE_MODELS.get(name)
+    family = _family(name)
     if family is None:
-        match = re.fullmatch(r"resnet(\d+)", name)
-        if match is None:
-            raise UsageError(
-                found=f"no model is called {name!r}",
-                expected="a name of the zoo",
-                action=near_matches(name, model_names()),
-            )
-        family = functools.partial(cifar_resnet, int(match.group(1)))
+        raise UsageError(
+            found=f"no model is called {name!r}",
+            expected="a name of the zoo",
+            action=near_matches(name, model_names()),
+        )
     return family(num_classes, **options)
+
+
+def pooling_sequences(name: str, **options: Any) -> tuple[tuple[str, ...], ...]:
+    """Every ``pooling`` that :func:`create_model` takes with the other ``options``: one pooling between two stages.
+
+    The families that can be inverted pool by channels or by batch. ResNet and RevNet of the table pool by maximum
+    alone, and CIFAR ResNets by strides.
+
+    Raises:
+        UsageError: no network of the zoo has that name, or its pooling cannot be chosen.
+    """
+    family = _family(name) if isinstance(name, str) else None
+    choices = [known for known, other in _TABLE_MODELS.items() if _takes_pooling(other)]
+    if family is None:
+        raise UsageError(
+            found=f"{name if isinstance(name, str) else type(name).__name__}, which is no network of the zoo",
+            expected="one that is built here and whose pooling can be chosen: " + ", ".join(choices),
+            action="take one of these, or plan the network as it is",
+        )
+    if not _takes_pooling(family):
+        raise UsageError(
+            found=f"{name}, which downsamples in one way alone",
+            expected="a network whose pooling can be chosen: " + ", ".join(choices),
+            action="take one of these, or plan the network as it is",
+        )
+    blocks = options.get("blocks", inspect.signature(family).parameters["blocks"].default)
+    return tuple(itertools.product(POOLINGS, repeat=max(0, len(blocks) - 1)))
+
+
+def pooling_letters(pooling: Iterable[str]) -> str:
+    """Its short form, a letter for each: "ccb" for ("channel", "channel", "batch")."""
+    return "".join(name[0] for name in pooling)
+
+
+def _takes_pooling(family: Callable[..., nn.Sequential]) -> bool:
+    return "pooling" in inspect.signature(family).parameters
+
+
+def _family(name: str) -> Callable[..., nn.Sequential] | None:
+    """What makes the network of that name; None where there is none."""
+    match = re.fullmatch(r"resnet(\d+)", name)
+    if name in _TABLE_MODELS or match is None:
+        return _TABLE_MODELS.get(name)
+    return functools.partial(cifar_resnet, int(match.group(1)))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from edgetrain.errors import ModelError, UsageError
 from edgetrain.nn import BatchPool, ChannelPool
+from edgetrain.nn.pooling import InvertiblePool
 from edgetrain.nn.slices import batch_slices
 
 HEAD_SCALE = 0.125
@@ -137,16 +138,22 @@ def stem(in_channels: int, channels: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
 
 
+POOLINGS: dict[str, tuple[type[InvertiblePool], int, int]] = {
+    "channel": (ChannelPool, 4, 1),
+    "batch": (BatchPool, 1, 4),
+}
+"""By name: the layer, its factor on the channels, its factor on the batch."""
+
+
 def pool(name: str) -> tuple[nn.Module, int, int]:
     """``(layer, factor on the channels, factor on the batch)`` of the pooling ``"channel"`` or ``"batch"``.
 
     Raises:
         UsageError: another name.
     """
-    if name == "channel":
-        return ChannelPool(), 4, 1
-    if name == "batch":
-        return BatchPool(), 1, 4
+    if name in POOLINGS:
+        layer, channel_factor, batch_factor = POOLINGS[name]
+        return layer(), channel_factor, batch_factor
     raise UsageError(
         found=f"a pooling called {name!r}",
         expected="'channel' or 'batch', the two that can be inverted",

@@ -1,5 +1,6 @@
 """Which block keeps, recomputes or inverts: plans and the programs that follow from them."""
 
+from edgetrain.planner.from_scratch import PlanFromScratch, SequencePlan, SequencePoint, plan_from_scratch
 from edgetrain.planner.planning import Planner, plan
 from edgetrain.planner.plans import Alternative, Costed, Plan, uniform_plan
 from edgetrain.planner.schedule import schedule
@@ -11,10 +12,14 @@ __all__ = [
     "Candidate",
     "Costed",
     "Plan",
+    "PlanFromScratch",
     "Planner",
     "Search",
+    "SequencePlan",
+    "SequencePoint",
     "UniformMode",
     "plan",
+    "plan_from_scratch",
     "schedule",
     "uniform_plan",
 ]

@@ -156,7 +156,19 @@ class Planner:
 
     def plan(self, budget: str | int | None = None) -> Plan:
         """The fastest plan within ``budget``; see :func:`edgetrain.plan`."""
-        limit = self.place.budget_bytes if budget is None else parse_size(budget) if isinstance(budget, str) else budget
+        found, limit = self.fitting(budget), self.limit_bytes(budget)
+        if found is None:
+            assert limit is not None
+            raise shortage(self, limit)
+        return found
+
+    def limit_bytes(self, budget: str | int | None = None) -> int | None:
+        """Bytes of ``budget``, or the device's own; None: no limit."""
+        return self.place.budget_bytes if budget is None else parse_size(budget) if isinstance(budget, str) else budget
+
+    def fitting(self, budget: str | int | None = None) -> Plan | None:
+        """As :meth:`plan`, but None where nothing fits."""
+        limit = self.limit_bytes(budget)
         best: Found | None = None
         for count in self._counts:
             found = self._fastest(count, limit)
@@ -165,8 +177,7 @@ class Planner:
             if best is not None and (self._few or best.is_unhindered):
                 break  # further parts would change the statistics more, or cost only time
         if best is None:
-            assert limit is not None
-            raise shortage(self, limit)
+            return None
         modes = modes_of(best.candidate.program)
         costs, (search, times) = self.costs(best.samples), self._search(best.samples)
         reasons, rejected = explain(best.candidate.program, self._blocks, costs, times)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 from edgetrain.chain import Block, Mode
 from edgetrain.memory import Costs, simulate
@@ -188,9 +189,22 @@ class Search:
         return True
 
 
-def pareto(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
+class Point(Protocol):
+    """Whatever has a peak and takes time."""
+
+    @property
+    def peak_bytes(self) -> int: ...
+
+    @property
+    def seconds(self) -> float: ...
+
+
+AnyPoint = TypeVar("AnyPoint", bound=Point)
+
+
+def pareto(candidates: Iterable[AnyPoint]) -> tuple[AnyPoint, ...]:
     """Those that no other beats in both time and peak, leanest first."""
-    front: list[Candidate] = []
+    front: list[AnyPoint] = []
     for candidate in sorted(candidates, key=lambda c: (c.peak_bytes, c.seconds)):
         if not front or candidate.seconds < front[-1].seconds:
             front.append(candidate)

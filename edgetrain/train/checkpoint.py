@@ -125,5 +125,5 @@ def load_weights(path: Path, model: nn.Module) -> dict[str, int]:
         raise StorageError(
             found=f"{path} cannot be loaded: {str(error).splitlines()[0]}",
             expected="a checkpoint of this model",
-            action="name the checkpoint of a run of the same --model",
+            action="name the checkpoint of a run of the same --model and --pooling",
         ) from error

@@ -8,7 +8,7 @@ from torch import nn
 
 import edgetrain
 from edgetrain.errors import UsageError
-from edgetrain.models import model_names
+from edgetrain.models import model_names, pooling_letters, pooling_sequences
 
 
 def convolution_weights(model: nn.Module) -> int:
@@ -69,6 +69,22 @@ def test_arguments_of_the_families() -> None:
     assert {m.eps_i for m in model.modules() if isinstance(m, edgetrain.nn.InvertibleBatchNorm)} == {0.2}
     assert len(model[1]) == 1
     assert len(model[3]) == 3
+
+
+def test_pooling_sequences_are_what_a_network_takes() -> None:
+    sequences = pooling_sequences("layerwise18", blocks=(1, 1, 1))
+    assert [pooling_letters(sequence) for sequence in sequences] == ["cc", "cb", "bc", "bb"]
+    for sequence in sequences:
+        model = edgetrain.create_model("layerwise18", width=8, blocks=(1, 1, 1), pooling=sequence)
+        assert model(torch.randn(2, 3, 8, 8)).shape == (2, 10)
+        assert model[-1].linear.in_features == 8 * 4 ** sequence.count("channel")
+        assert model[-1].parts == 4 ** sequence.count("batch")
+    assert len(pooling_sequences("hybrid18")) == 8
+    for name in ("resnet18", "revnet18", "resnet20"):
+        with pytest.raises(UsageError, match="downsamples in one way alone"):
+            pooling_sequences(name)
+    with pytest.raises(UsageError, match="no network of the zoo"):
+        pooling_sequences("vgg16")
 
 
 def test_head_takes_the_maximum_over_batch_pooled_parts() -> None:

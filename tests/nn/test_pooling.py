@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from edgetrain.nn import BatchPool, ChannelPool
 
@@ -26,6 +27,12 @@ def test_batch_pool_order() -> None:
         for i in range(2):
             for j in range(2):
                 assert torch.equal(y[4 * n + 2 * i + j], x[n, :, i::2, j::2])
+
+
+def test_a_convolution_of_batch_pooled_parts_is_a_dilated_one() -> None:
+    x, weight = (torch.randn(*shape, dtype=torch.double) for shape in ((2, 3, 8, 12), (5, 3, 3, 3)))
+    y = F.conv2d(BatchPool()(x), weight, padding=1)
+    torch.testing.assert_close(y, BatchPool()(F.conv2d(x, weight, padding=2, dilation=2)))
 
 
 @pytest.mark.parametrize("pool", [ChannelPool(), BatchPool()])
