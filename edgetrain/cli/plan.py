@@ -11,6 +11,7 @@ from edgetrain.cli.estimate import parse_shape
 
 if TYPE_CHECKING:
     from edgetrain.memory.estimate import Precision
+    from edgetrain.planner.planning import StoredPrecision
 
 
 def plan(
@@ -34,7 +35,12 @@ def plan(
         bool,
         typer.Option("--allow-ghost-batchnorm", help="Allow parts although batch norm then sees other statistics."),
     ] = False,
-    snr_limit: Annotated[float, typer.Option(help="Least signal over noise of an inverted activation.")] = 1e4,
+    snr_limit: Annotated[
+        float, typer.Option(help="Least signal over noise of an inverted or rounded activation.")
+    ] = 1e4,
+    stored_precision: Annotated[
+        str | None, typer.Option(help="bf16: what is kept may wait in bfloat16; rounds gradients.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the weights, whose noise is measured.")] = 0,
     explain: Annotated[
         bool, typer.Option("--explain", help="Every block's mode and reason, and what was rejected.")
@@ -64,6 +70,7 @@ def plan(
         micro_batches=micro_batches or None,
         allow_ghost_batchnorm=allow_ghost_batchnorm,
         snr_limit=snr_limit,
+        stored_precision=cast("StoredPrecision | None", stored_precision),
     )
     if out is not None:
         write_atomically(out, found.to_json().encode())
