@@ -11,11 +11,14 @@ The first inversion of a run repeats the operations of the forward pass bit by b
 cancels: own is up to ten times smaller than rounding. Hidden activations are noisy where they are inverted
 one by one (way ``"invert_layerwise"``); way ``"invert"`` computes them again from z[i]. Above NSR 1 the model is
 too dark: noise larger than the signal grows less. :func:`edgetrain.chain.measure_noise` gives the numbers.
+
+A run may also start from a z[last + 1] that was kept in bfloat16. Its NSR is then :data:`BFLOAT16_NSR`. The prediction
+errs to the safe side there: small values are rounded by little, and it is their noise that a leaky ReLU amplifies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -25,6 +28,14 @@ from edgetrain.chain.chain import Mode
 
 Way = Literal["invert", "invert_layerwise"]
 """The modes that invert."""
+
+BFLOAT16_NSR = torch.finfo(torch.bfloat16).eps ** 2 / 12
+"""NSR of a tensor rounded to bfloat16, 1 / (3 * 2^16): the most, if rounding errors are spread evenly.
+
+Between 2^e and 2^(e+1) bfloat16 has the spacing eps 2^e with eps = 2^-7, so the mean square of the error is
+(eps 2^e)^2 / 12, and that of the values at least (2^e)^2. It is four times smaller where all values are just below a
+power of two. Values that are all equal have up to the square of the largest error, (eps / 2)^2 = 2^-16.
+"""
 
 
 @dataclass(frozen=True)
@@ -66,14 +77,17 @@ class Noise:
     dtype: torch.dtype
     source: str
 
-    def run_snrs(self, last: int, *, way: Way) -> tuple[float, ...]:
-        """Smallest SNR met when blocks ``last`` ... i are inverted from an exact z[last + 1].
+    def run_snrs(self, last: int, *, way: Way, output_nsr: float = 0.0) -> tuple[float, ...]:
+        """Smallest SNR met when blocks ``last`` ... i are inverted.
+
+        Args:
+            output_nsr: of z[last + 1]; 0: it is exact.
 
         Returns:
             for i = last, last - 1, ... down to the first block that has an inverse; empty if ``last`` has none.
             Never rising.
         """
-        found, nsr, worst = [], 0.0, 0.0
+        found, nsr, worst = [], output_nsr, output_nsr
         for block in self.blocks[last::-1]:
             if block is None:
                 break
@@ -87,28 +101,37 @@ class Noise:
         found = self.run_snrs(last, way=way)
         return found[last - first] if last - first < len(found) else 0.0
 
-    def longest_runs(self, limit: float, *, way: Way) -> tuple[int, ...]:
+    def longest_runs(self, limit: float, *, way: Way, output_nsr: float = 0.0) -> tuple[int, ...]:
         """For every ``last`` the smallest ``first`` whose run keeps its SNR at ``limit`` or above.
 
         ``last + 1`` where not even the block itself can be inverted within the limit.
+
+        Args:
+            output_nsr: of z[last + 1]; 0: it is exact.
         """
-        runs = (self.run_snrs(last, way=way) for last in range(len(self.blocks)))
+        runs = (self.run_snrs(last, way=way, output_nsr=output_nsr) for last in range(len(self.blocks)))
         return tuple(last + 1 - sum(ratio >= limit for ratio in run) for last, run in enumerate(runs))
 
-    def snrs(self, modes: Sequence[Mode]) -> tuple[float, ...]:
-        """Smallest SNR met in every block under one mode per block; infinite where nothing is inverted.
+    def snrs(self, modes: Sequence[Mode], *, rounded: Collection[int] = ()) -> tuple[float, ...]:
+        """Smallest SNR met in every block under one mode per block; infinite where nothing is inverted or rounded.
 
-        A block that is stored or recomputed, all of it or in part, starts from an exact input and ends a run.
+        A block that is stored or recomputed, all of it or in part, ends a run.
+
+        Args:
+            rounded: blocks whose backward pass starts from a z that was kept in bfloat16: their input, or the output
+                of an inverted one. Blocks that are computed again from the output of such a block are not counted:
+                how noise grows on its way forward is not known.
         """
         found, nsr = [], 0.0
-        for mode, block in zip(reversed(modes), reversed(self.blocks), strict=True):
-            met = 0.0
+        for i, (mode, block) in reversed(list(enumerate(zip(modes, self.blocks, strict=True)))):
+            start = BFLOAT16_NSR if i in rounded else 0.0
             if mode == "store" or mode == "selective" or mode == "recompute":
-                nsr = 0.0
+                nsr, met = 0.0, start
             elif block is None:
                 nsr = met = float("inf")
             else:
-                nsr, met = block.backward(nsr, way=mode)
+                nsr, met = block.backward(nsr + start, way=mode)
+                met = max(met, start)
             found.append(_snr(met))
         return tuple(reversed(found))
 

@@ -43,7 +43,12 @@ def plan(
         bool,
         typer.Option("--allow-ghost-batchnorm", help="Allow parts although batch norm then sees other statistics."),
     ] = False,
-    snr_limit: Annotated[float, typer.Option(help="Least signal over noise of an inverted activation.")] = 1e4,
+    snr_limit: Annotated[
+        float, typer.Option(help="Least signal over noise of an inverted or rounded activation.")
+    ] = 1e4,
+    stored_precision: Annotated[
+        str | None, typer.Option(help="bf16: what is kept may wait in bfloat16; rounds gradients.")
+    ] = None,
     sample_modules: Annotated[
         str | None,
         typer.Option(help="Residual modules of each stage that run in a step, 1/2 or 5,4,4; changes training."),
@@ -76,6 +81,7 @@ def plan(
         "micro_batches": micro_batches or None,
         "allow_ghost_batchnorm": allow_ghost_batchnorm,
         "snr_limit": snr_limit,
+        "stored_precision": stored_precision,
     }
     found: Plan | PlanFromScratch
     net = None

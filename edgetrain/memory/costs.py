@@ -88,7 +88,7 @@ class Costs:
 
     Attributes:
         shapes: of z[0] ... z[L], batch first.
-        element_bytes: of one element of z[0] ... z[L].
+        dtypes: of z[0] ... z[L].
         device: whose operators were assumed.
         weight_bytes: parameters and buffers.
         optimizer_bytes: state of the optimiser.
@@ -97,7 +97,7 @@ class Costs:
     """
 
     shapes: tuple[tuple[int, ...], ...]
-    element_bytes: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
     device: DeviceKind
     weight_bytes: int
     optimizer_bytes: int
@@ -109,6 +109,11 @@ class Costs:
     def batch_size(self) -> int:
         """Samples in a step."""
         return self.shapes[0][0]
+
+    @property
+    def element_bytes(self) -> tuple[int, ...]:
+        """Of one element of z[0] ... z[L]."""
+        return tuple(dtype.itemsize for dtype in self.dtypes)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -175,7 +180,7 @@ def measure_costs(
     per_block = zip(survey.blocks, survey.gradient_bytes(), survey.effects(history), strict=True)
     return Costs(
         shapes=tuple(form.shape for form in survey.forms),
-        element_bytes=tuple(form.dtype.itemsize for form in survey.forms),
+        dtypes=tuple(form.dtype for form in survey.forms),
         device=device,
         weight_bytes=resident["weights"],
         optimizer_bytes=resident["optimizer"],

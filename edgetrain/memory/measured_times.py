@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from edgetrain.memory.step import Loss, OptimizerFactory, classification_loss, o
 from edgetrain.memory.stopwatch import Clock, Sample, Step, Stopwatch, copy_rate, head_seconds, sequences
 from edgetrain.memory.times import BlockTimes, Times
 from edgetrain.nn.invertible import Invertible
+from edgetrain.runtime.offload import can_be_rounded
 from edgetrain.targets import select_target
 
 MEASURED = "measured on this machine"
@@ -174,10 +176,13 @@ class _Course:
         samples = [self._of_block[0].x, *(kind.y for kind in self._of_block)]
         scale = batch_size / samples[0].shape[0]
         largest = max(samples, key=lambda sample: sample.nbytes)
+        roundable = [sample for sample in samples if can_be_rounded(sample.dtype)]
+        rounded = max(roundable, key=lambda sample: sample.nbytes, default=None)
         return Times(
             blocks=tuple(_block_times(kind.seconds, scale) for kind in self._of_block),
             head=self._head * scale,
-            copy_bytes_per_s=copy_rate(largest, self._clock),
+            copy_bytes_per_s=copy_rate(largest, "host", self._clock),
+            rounding_bytes_per_s=math.inf if rounded is None else copy_rate(rounded, "bfloat16", self._clock),
             source=MEASURED,
             shapes=self._chain.shapes((batch_size, *samples[0].shape[1:])),
             element_bytes=tuple(sample.dtype.itemsize for sample in samples),

@@ -34,6 +34,7 @@ def predicted_times(costs: Costs, rates: Profile | OperatorRates, precision: Pre
         blocks=tuple(_block_times(block, found) for block in costs.blocks),
         head=found.seconds(costs.heads.get(None, some_head).work),
         copy_bytes_per_s=found.copy_bytes_per_s,
+        rounding_bytes_per_s=found.rounding_bytes_per_s,
         source=f"rates of profile {found.name}",
         shapes=costs.shapes,
         element_bytes=costs.element_bytes,

@@ -64,6 +64,11 @@ class OperatorRates:
         taken = [part.calls * self._seconds_of_call(part) for part in work]
         return math.fsum(taken) + self.instruction_s if taken else 0.0
 
+    @property
+    def rounding_bytes_per_s(self) -> float:
+        """Of a float32 tensor to bfloat16, or back: reads and writes one and a half times its bytes."""
+        return self.bytes_per_s / 1.5
+
     def rate_at(self, channels: int) -> float:
         """Operations per second with ``channels``: between two entries on a straight line of logarithms."""
         known = sorted(self.flops_per_s)

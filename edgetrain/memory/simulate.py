@@ -27,6 +27,9 @@ from edgetrain.runtime.program import (
     Update,
 )
 
+BFLOAT16_BYTES = 2
+"""Of one element."""
+
 ANCHOR_BYTES = 4
 """The scalar on which a wrapped model hangs its step in autograd's graph."""
 
@@ -257,26 +260,28 @@ class _Simulator:
 
     def _offload(self, index: int, place: Place) -> None:
         storage, layout = self._pop(self._z, index)
-        if place == "host" and self._costs.device == "cpu":
-            copy = self._new(self._sizes[index])
+        if place == "bfloat16" or (place == "host" and self._costs.device == "cpu"):
+            halves = self._sizes[index] // self._costs.element_bytes[index] * BFLOAT16_BYTES
+            copy = self._new(halves if place == "bfloat16" else self._sizes[index])
             copy.holders += 1
         else:
             copy = _Storage(self._sizes[index])
         if place == "host":
             self._host_bytes += 0 if self._costs.device == "cpu" else copy.nbytes
             self.host_peak_bytes = max(self.host_peak_bytes, self._host_bytes)
-        self._offloaded[index] = copy, layout if place == "host" else None, place
+        self._offloaded[index] = copy, None if place == "disk" else layout, place
         self._drop(storage)
 
     def _fetch(self, index: int) -> None:
         storage, layout, place = self._offloaded.pop(index)
-        if storage.holders:  # the host's memory is the device's
+        if place == "host" and storage.holders:  # the host's memory is the device's
             self._put(self._z, index, storage, layout)
+        else:
+            self._put(self._z, index, self._new(self._sizes[index]), layout)
+        if storage.holders:
             self._drop(storage)
-            return
-        if place == "host":
+        elif place == "host":
             self._host_bytes -= storage.nbytes
-        self._put(self._z, index, self._new(storage.nbytes), layout)
 
     def _own(self, tensors: dict[int, _Tensor], i: int) -> _Storage:
         """Memory of ``tensors[i]``, taken out: a copy where the executor copies."""

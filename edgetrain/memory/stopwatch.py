@@ -19,7 +19,7 @@ from edgetrain.memory.step import Loss
 from edgetrain.nn.invertible import Invertible
 from edgetrain.runtime.executor import Execution, Updater
 from edgetrain.runtime.offload import offload
-from edgetrain.runtime.program import Backward, Forward, Head, Program, Update
+from edgetrain.runtime.program import Backward, Forward, Head, Place, Program, Update
 
 _COPIES = 3
 
@@ -134,14 +134,14 @@ def head_seconds(y: Sample, loss: Loss, clock: Clock) -> float:
     return clock() - began
 
 
-def copy_rate(z: Sample, clock: Clock) -> float:
-    """Bytes per second of ``z`` to the host, or back: the mean of the two ways."""
+def copy_rate(z: Sample, place: Place, clock: Clock) -> float:
+    """Bytes of ``z`` per second to ``place``, or back: the mean of the two ways."""
     taken = []
     for _ in range(_COPIES):
         tensor = z.make()
         _wait_for(z.device)
         began = clock()
-        offload(tensor, "host").fetch()
+        offload(tensor, place).fetch()
         _wait_for(z.device)
         taken.append(clock() - began)
     return 2 * z.nbytes / min(taken)

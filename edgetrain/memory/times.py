@@ -11,6 +11,7 @@ beside the arithmetic. Both make a step shorter than its sum.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edgetrain.errors import ModelError
@@ -23,6 +24,7 @@ from edgetrain.runtime.program import (
     Instruction,
     Keep,
     Offload,
+    Place,
     Program,
     Recompute,
     Update,
@@ -68,6 +70,7 @@ class Times:
     Attributes:
         head: the caller's loss, forward and backward.
         copy_bytes_per_s: from the device to the host, or back.
+        rounding_bytes_per_s: to bfloat16, or back: bytes of the tensor that is rounded.
         source: ``measured on this machine`` or ``rates of profile X``.
         shapes: of z[0] ... z[L], batch first.
         element_bytes: of one element of z[0] ... z[L].
@@ -76,6 +79,7 @@ class Times:
     blocks: tuple[BlockTimes, ...]
     head: float
     copy_bytes_per_s: float
+    rounding_bytes_per_s: float
     source: str
     shapes: tuple[tuple[int, ...], ...]
     element_bytes: tuple[int, ...]
@@ -85,9 +89,10 @@ class Times:
         """Samples in a step."""
         return self.shapes[0][0]
 
-    def copy_seconds(self, index: int) -> float:
-        """Of z[index] from the device to the host, or back."""
-        return math.prod(self.shapes[index]) * self.element_bytes[index] / self.copy_bytes_per_s
+    def copy_seconds(self, index: int, place: Place) -> float:
+        """Of z[index] to ``place``, or back."""
+        rate = self.rounding_bytes_per_s if place == "bfloat16" else self.copy_bytes_per_s
+        return math.prod(self.shapes[index]) * self.element_bytes[index] / rate
 
 
 def program_seconds(program: Program, times: Times) -> float:
@@ -105,14 +110,23 @@ def program_seconds(program: Program, times: Times) -> float:
             expected=f"those of the program: {len(program.names)} blocks for {program.shapes[0]}",
             action="predict or measure the times of this model at this input and batch size",
         )
-    seconds = math.fsum(instruction_seconds(step, times) for step in program.instructions)
+    away: dict[int, Place] = {}
+    taken = []
+    for step in program.instructions:
+        if isinstance(step, Offload):
+            away[step.index] = step.to
+        taken.append(instruction_seconds(step, times, away))
+    seconds = math.fsum(taken)
     if any(isinstance(step, Update) for step in program.instructions):
         return seconds
     return seconds + math.fsum(block.update for block in times.blocks)
 
 
-def instruction_seconds(step: Instruction, times: Times) -> float:
+def instruction_seconds(step: Instruction, times: Times, away: Mapping[int, Place]) -> float:
     """Seconds of ``step``.
+
+    Args:
+        away: where each z is that it fetches; the host's memory if nothing is said.
 
     Raises:
         ModelError: the block does not allow it.
@@ -127,8 +141,10 @@ def instruction_seconds(step: Instruction, times: Times) -> float:
             return _allowed(getattr(times.blocks[block], f"backward_{how}"), f"backward {how}", block)
         case Update(block):
             return times.blocks[block].update
-        case Offload(index) | Fetch(index):
-            return times.copy_seconds(index)
+        case Offload(index, place):
+            return times.copy_seconds(index, place)
+        case Fetch(index):
+            return times.copy_seconds(index, away.get(index, "host"))
         case Head():
             return times.head
         case Free():

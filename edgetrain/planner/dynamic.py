@@ -1,14 +1,15 @@
 """The fastest step of a chain within a number of bytes, by dynamic programming.
 
 Persistent schedules in the sense of rotor (Beaumont, Eyraud-Dubois, Herrmann, Joly, Shilova, "Optimal checkpointing
-for heterogeneous chains", 2019), with inversion as a further way to come by a block's input, and with host memory as a
-further place for a checkpoint. ``best(s, t, m)`` is the least time in which, from z[s], the gradients of blocks t..s
-are computed with m bytes; the loss comes in between if t is the last block, else g[t+1] is there. It is the least of
+for heterogeneous chains", 2019), with inversion as a further way to come by a block's input, and with host memory and
+bfloat16 as further places for a checkpoint. ``best(s, t, m)`` is the least time in which, from z[s], the gradients of
+blocks t..s are computed with m bytes; the loss comes in between if t is the last block, else g[t+1] is there. It is the
+least of
 
     store       run s and keep what autograd saves; best(s+1, t); backward of s
     selective   run s and keep z[s] and the results of its products; best(s+1, t); run the rest of s again and go back
     checkpoint  keep z[s], run s..k-1 and keep nothing; best(k, t); best(s, k-1) from z[s]
-    offload     the same with z[s] in the host's memory meanwhile
+    offload     the same with z[s] elsewhere meanwhile: none of it in the host's memory, or a part, rounded
     recompute   s = t alone: run it once more from z[s] and go back
     invert      run s..j in the memory of z[s]; best(j+1, t), which leaves z[j+1]; invert j..s
 
@@ -18,6 +19,10 @@ A run of inversions begins at an exact z[j+1], because inverting adds noise: its
 z[s] is in one of three states: ``free`` (the schedule may drop it), ``need`` (an inversion of s-1 will start from it:
 it must be there in the end), ``hold`` (somebody else holds it: it costs nothing and stays). Parameters' gradients
 appear in a fixed order, last block first, so what they occupy is known for every (s, t).
+
+A place that rounds adds states. ``near`` is ``need`` where z[s] may come back rounded; the inversions that start from
+it go as far as ``Problem.rounded_reach``. ``free rounded``, ``need rounded`` and ``hold rounded``: z[s] was rounded, or
+computed from a rounded one. Blocks are not inverted from there: how noise grows on its way forward is not known.
 
 Bytes are counted in slots. Rounded down, the table bounds what any schedule of this family takes by these bytes;
 rounded to the nearest with the remainders carried on from block to block, sums are off by no more than a slot whatever
@@ -29,11 +34,12 @@ The table takes O(L^2 M) memory and O(L^3 M) time for L blocks and M slots, in N
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 
-from edgetrain.planner.stages import Problem, Selection, Way
+from edgetrain.planner.stages import Away, Problem, Selection, Way
 from edgetrain.runtime.program import (
     Backward,
     Fetch,
@@ -47,15 +53,41 @@ from edgetrain.runtime.program import (
     Update,
 )
 
-State = Literal["free", "need", "hold"]
-Move = Literal["store", "selective", "checkpoint", "offload", "recompute", "invert"]
+State = Literal["free", "need", "hold", "near", "free rounded", "need rounded", "hold rounded"]
+Kind = Literal["store", "selective", "checkpoint", "recompute", "invert"]
 Rounding = Literal["nearest", "down"]
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 Slots = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
 
+_STATES: tuple[State, ...] = get_args(State)
+_EXACT: tuple[State, ...] = ("free", "need", "hold", "near")
+_HOLD: tuple[State, ...] = ("hold", "hold rounded")
+_NEED: tuple[State, ...] = ("need", "near", "need rounded")
+_WHEN_ROUNDED: dict[State, State] = {
+    "free": "free rounded",
+    "near": "need rounded",
+    "free rounded": "free rounded",
+    "need rounded": "need rounded",
+}
+"""The state after z[s] was rounded, where it may be."""
+
 _NEVER = 1e9
 """Seconds that stand for infeasible where they are summed and subtracted."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """One alternative of the recursion.
+
+    Attributes:
+        place: of a checkpoint; None: it stays as it is.
+        end: state in which z[j+1] is asked for, of an inversion.
+    """
+
+    kind: Kind
+    place: Away | None = None
+    end: State = "need"
 
 
 class Table:
@@ -78,13 +110,15 @@ class Table:
         self._z = np.array(problem.activation_bytes, dtype=np.int64)
         self._gradients = np.array(problem.gradients_after, dtype=np.int64)
         self._z_slots, self._saved_slots, self._products_slots = self._rounded_sizes()
+        self._held_slots = {
+            place.to: self._rounded([float(nbytes or 0) for nbytes in place.held_bytes]) for place in problem.places
+        }
         self._forward = np.cumsum([0.0, *(stage.dropping_seconds for stage in self._stages)])
         self._dropping = self._z[:-1] + np.array([stage.dropping_bytes for stage in self._stages], dtype=np.int64)
         self._inverting = self._inversion_sums()
         shape = self._count, self._count + 1, slots + 1
-        self._best: dict[State, Array] = {
-            state: np.full(shape, np.inf, dtype=np.float32) for state in ("free", "need", "hold")
-        }
+        states = _STATES if problem.rounds else _STATES[:3]
+        self._best: dict[State, Array] = {state: np.full(shape, np.inf, dtype=np.float32) for state in states}
         for t in range(self._count):
             for s in range(t + 1, -1, -1):
                 for state in self._states(s):
@@ -152,13 +186,17 @@ class Table:
         before = self._stages[s - 1]
         if s == 0 or before.keeps_output or (before.selection is not None and before.selection.keeps_output):
             states.append("hold")
+        if self._problem.rounds:
+            states += ["near"] if "need" in states else []
+            states += [_WHEN_ROUNDED[state] for state in states if state in ("free", "near")]
+            states += ["hold rounded"] if "hold" in states and s > 0 else []
         return states
 
     # --- the recursion
 
     def _cell(self, t: int, s: int, state: State) -> Array:
         if s == t + 1:
-            own = 0 if state == "hold" else int(self._z[s])
+            own = 0 if state in _HOLD else int(self._z[s])
             last = t == self._count - 1
             needed = own + (self._problem.head_bytes if last else self._waiting(t))
             base = np.zeros(self.slots + 1, dtype=np.float32)
@@ -172,9 +210,9 @@ class Table:
     def _candidates(self, t: int, s: int, state: State, low: int, high: int) -> Iterator[tuple[Move, int, Array]]:
         """Each move with its first k, and the time for m = low..high-1 in a row for every k from there on."""
         stage, waiting = self._stages[s], self._waiting(t)
-        own, own_slots = (0, 0) if state == "hold" else (int(self._z[s]), self._z_slots[s])
+        own, own_slots = (0, 0) if state in _HOLD else (int(self._z[s]), self._z_slots[s])
 
-        kept = own if stage.keeps_input or state == "need" else 0
+        kept = own if stage.keeps_input or state in _NEED else 0
         kept_slots = own_slots if kept else 0
         held = stage.saved_bytes + kept + (int(self._z[s + 1]) if stage.keeps_output else 0)
         held_slots = self._saved_slots[s] + kept_slots + (self._z_slots[s + 1] if stage.keeps_output else 0)
@@ -182,23 +220,25 @@ class Table:
             own + stage.forward_all_bytes + waiting,
             held + int(self._z[s + 1]) + stage.backward_bytes + int(self._gradients[s + 1]),
         )
-        after = self._best["hold" if stage.keeps_output else "free"][t, s + 1 : s + 2]
+        after = self._best[_next(state, held=stage.keeps_output)][t, s + 1 : s + 2]
         values = _shifted(after, held_slots, low, high) + np.float32(stage.forward_all_seconds + stage.backward_seconds)
-        yield "store", s, _from(values, self._thresholds(np.array([needed])), low)
+        yield Move("store"), s, _from(values, self._thresholds(np.array([needed])), low)
 
         if stage.selection is not None:
-            yield self._selective(t, s, stage.selection, own, own_slots, low, high)
+            yield self._selective(t, s, state, stage.selection, own, own_slots, low, high)
         if stage.recompute_seconds is not None and t > s:
             yield from self._checkpoints(t, s, state, own, own_slots, low, high)
         if stage.recompute_seconds is not None and t == s and t < self._count - 1:
             needed = own + waiting + stage.recompute_bytes
             values = np.full((1, high - low), stage.recompute_seconds, dtype=np.float32)
-            yield "recompute", s, _from(values, self._thresholds(np.array([needed])), low)
+            yield Move("recompute"), s, _from(values, self._thresholds(np.array([needed])), low)
         if state == "free" and stage.ways:
-            yield from self._inversions(t, s, low, high)
+            yield from self._inversions(t, s, "need", self._problem.reach, low, high)
+            if self._problem.rounds:
+                yield from self._inversions(t, s, "near", self._problem.rounded_reach, low, high)
 
     def _selective(
-        self, t: int, s: int, selection: Selection, own: int, own_slots: int, low: int, high: int
+        self, t: int, s: int, state: State, selection: Selection, own: int, own_slots: int, low: int, high: int
     ) -> tuple[Move, int, Array]:
         output = int(self._z[s + 1])
         held = own + selection.products_bytes + (output if selection.keeps_output else 0)
@@ -206,10 +246,10 @@ class Table:
             own + selection.forward_bytes + self._waiting(t),
             held + output + selection.backward_bytes + int(self._gradients[s + 1]),
         )
-        after = self._best["hold" if selection.keeps_output else "free"][t, s + 1 : s + 2]
+        after = self._best[_next(state, held=selection.keeps_output)][t, s + 1 : s + 2]
         values = _shifted(after, self._selected_slots(s, selection, own_slots), low, high)
         values = values + np.float32(selection.forward_seconds + selection.backward_seconds)
-        return "selective", s, _from(values, self._thresholds(np.array([needed])), low)
+        return Move("selective"), s, _from(values, self._thresholds(np.array([needed])), low)
 
     def _selected_slots(self, s: int, selection: Selection, own_slots: int) -> int:
         return own_slots + self._products_slots[s] + (self._z_slots[s + 1] if selection.keeps_output else 0)
@@ -217,27 +257,36 @@ class Table:
     def _checkpoints(
         self, t: int, s: int, state: State, own: int, own_slots: int, low: int, high: int
     ) -> Iterator[tuple[Move, int, Array]]:
-        """k from s+1 to t."""
+        """k from s+1 to t, with z[s] as it is and in every other place."""
         waiting = self._waiting(t)
         first = own + self._stages[s].forward_bytes + waiting
-        again = self._best[state][s:t, s, low:high]
         forward = self._stages[s].forward_seconds + self._forward[s + 1 : t + 1] - self._forward[s + 1]
         forward = forward.astype(np.float32)[:, None]
         later = self._dropping[s + 1 : t]
         peaks = np.maximum.accumulate(np.concatenate(([first], later + own + waiting)))
-        values = _shifted(self._best["free"][t, s + 1 : t + 1], own_slots, low, high) + again
+        rest = self._best[_next(state, held=False)][t, s + 1 : t + 1]
+        values = _shifted(rest, own_slots, low, high) + self._best[state][s:t, s, low:high]
         values += forward
-        yield "checkpoint", s + 1, _from(values, self._thresholds(peaks), low)
-        if self._problem.offload_seconds_per_byte is not None and state != "hold":
-            peaks = np.maximum.accumulate(np.concatenate(([first], later + waiting)))
-            values = self._best["free"][t, s + 1 : t + 1, low:high] + again
-            values += forward + np.float32(2 * own * self._problem.offload_seconds_per_byte)
-            yield "offload", s + 1, _from(values, self._thresholds(peaks), low)
+        yield Move("checkpoint"), s + 1, _from(values, self._thresholds(peaks), low)
+        if state in _HOLD:
+            return
+        for place in self._problem.places:
+            held, back = place.held_bytes[s], state if place.exact else _WHEN_ROUNDED.get(state)
+            if held is None or back is None:
+                continue
+            leaving = max(first, own + held + int(self._z[s + 1]) + waiting)
+            coming = own + held + self._z[s + 1 : t + 1] + self._gradients[s + 1 : t + 1]
+            peaks = np.maximum.accumulate(np.concatenate(([leaving], later + held + waiting)))
+            values = _shifted(rest, self._held_slots[place.to][s], low, high) + self._best[back][s:t, s, low:high]
+            values += forward + np.float32(2 * own * place.seconds_per_byte)
+            yield Move("checkpoint", place), s + 1, _from(values, self._thresholds(np.maximum(peaks, coming)), low)
 
-    def _inversions(self, t: int, s: int, low: int, high: int) -> Iterator[tuple[Move, int, Array]]:
-        """j from s on, as far as blocks have an inverse and the noise allows."""
+    def _inversions(
+        self, t: int, s: int, state: State, reach: tuple[int, ...], low: int, high: int
+    ) -> Iterator[tuple[Move, int, Array]]:
+        """j from s on, as far as blocks have an inverse and the noise allows; z[j+1] is asked for in ``state``."""
         end = s
-        while end <= t and self._stages[end].ways and self._problem.reach[end] <= s:
+        while end <= t and self._stages[end].ways and reach[end] <= s:
             end += 1
         if end == s:
             return
@@ -245,8 +294,8 @@ class Table:
         times = self._inverting[s + 1 : end + 1, low:high] - self._inverting[s, low:high]
         times += (self._forward[s + 1 : end + 1] - self._forward[s])[:, None]
         values = np.where(times < _NEVER / 2, times, np.inf).astype(np.float32)
-        values += self._best["need"][t, s + 1 : end + 1, low:high]
-        yield "invert", s, _from(values, self._thresholds(peaks), low)
+        values += self._best[state][t, s + 1 : end + 1, low:high]
+        yield Move("invert", end=state), s, _from(values, self._thresholds(peaks), low)
 
     def _inversion_sums(self) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
         """Seconds of inverting blocks 0..i-1 with m slots; with :data:`_NEVER` for what does not fit."""
@@ -268,50 +317,53 @@ class Table:
         if s == t + 1:
             if t == self._count - 1:
                 steps.append(Head())
-            if state == "free":
+            if state in ("free", "free rounded"):
                 steps.append(Free(s))
             return
         move, k = self._choice(t, s, state, m)
         again = t < self._count - 1
         stage = self._stages[s]
-        own_slots = 0 if state == "hold" else self._z_slots[s]
-        if move == "store":
+        own_slots = 0 if state in _HOLD else self._z_slots[s]
+        is_free = state in ("free", "free rounded")
+        if move.kind == "store":
             steps += _pass(s, s, "all", again=again)
-            if state == "free":
+            if is_free:
                 steps.append(Free(s))
-            kept_slots = own_slots if stage.keeps_input or state == "need" else 0
+            kept_slots = own_slots if stage.keeps_input or state in _NEED else 0
             held = self._saved_slots[s] + kept_slots + (self._z_slots[s + 1] if stage.keeps_output else 0)
-            self._emit(steps, t, s + 1, "hold" if stage.keeps_output else "free", m - held)
+            self._emit(steps, t, s + 1, _next(state, held=stage.keeps_output), m - held)
             if stage.keeps_output:
                 steps.append(Free(s + 1))
             steps.append(Backward(s, "saved"))
-        elif move == "selective":
+        elif move.kind == "selective":
             assert stage.selection is not None
             output_held = stage.selection.keeps_output
             steps += _pass(s, s, "products", again=again)
             left = m - self._selected_slots(s, stage.selection, own_slots)
-            self._emit(steps, t, s + 1, "hold" if output_held else "free", left)
+            self._emit(steps, t, s + 1, _next(state, held=output_held), left)
             if output_held:
                 steps.append(Free(s + 1))
             steps.append(Backward(s, "selective"))
-            if state == "free":
+            if is_free:
                 steps.append(Free(s))
-        elif move in ("checkpoint", "offload"):
+        elif move.kind == "checkpoint":
+            place = move.place
             steps += _pass(s, s, "input", again=again)
-            if move == "offload":
-                steps.append(Offload(s))
+            if place is not None:
+                steps.append(Offload(s, place.to))
             steps += _pass(s + 1, k - 1, "nothing", again=again)
-            self._emit(steps, t, k, "free", m if move == "offload" else m - own_slots)
-            if move == "offload":
+            held = own_slots if place is None else self._held_slots[place.to][s]
+            self._emit(steps, t, k, _next(state, held=False), m - held)
+            if place is not None:
                 steps.append(Fetch(s))
-            self._emit(steps, k - 1, s, state, m)
-        elif move == "recompute":
+            self._emit(steps, k - 1, s, state if place is None or place.exact else _WHEN_ROUNDED[state], m)
+        elif move.kind == "recompute":
             steps.append(Backward(s, "recompute"))
-            if state == "free":
+            if is_free:
                 steps.append(Free(s))
         else:
             steps += _pass(s, k, "nothing", again=again)
-            self._emit(steps, t, k + 1, "need", m)
+            self._emit(steps, t, k + 1, move.end, m)
             for i in range(k, s - 1, -1):
                 fitting = [way for way in self._stages[i].ways if self._inversion_threshold(i, way) <= m]
                 steps.append(Backward(i, min(fitting, key=lambda way: way.seconds).how))
@@ -327,6 +379,13 @@ class Table:
         assert best is not None
         assert np.isfinite(best[0])
         return best[1], best[2]
+
+
+def _next(state: State, *, held: bool) -> State:
+    """Of a later block's input, as z[s] is in ``state``; ``held``: somebody else holds it."""
+    if state in _EXACT:
+        return "hold" if held else "free"
+    return "hold rounded" if held else "free rounded"
 
 
 def _shifted(rows: Array, shift: int, low: int, high: int) -> Array:

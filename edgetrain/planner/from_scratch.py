@@ -26,7 +26,7 @@ from edgetrain.errors import BudgetError, UsageError
 from edgetrain.memory.estimate import Precision
 from edgetrain.memory.step import Loss, OptimizerFactory, classification_loss
 from edgetrain.models import create_model, pooling_letters, pooling_sequences
-from edgetrain.planner.planning import SNR_LIMIT, Planner
+from edgetrain.planner.planning import SNR_LIMIT, Planner, StoredPrecision
 from edgetrain.planner.plans import Plan
 from edgetrain.planner.search import pareto
 from edgetrain.planner.shortage import shortage
@@ -162,6 +162,7 @@ def plan_from_scratch(
     micro_batches: int | None = None,
     allow_ghost_batchnorm: bool = False,
     snr_limit: float = SNR_LIMIT,
+    stored_precision: StoredPrecision | None = None,
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
     on_sequence: Callable[[SequencePlan], None] | None = None,
@@ -212,6 +213,7 @@ def plan_from_scratch(
                 micro_batches=micro_batches,
                 allow_ghost_batchnorm=allow_ghost_batchnorm,
                 snr_limit=snr_limit,
+                stored_precision=stored_precision,
             )
             found = _planned(planner, pooling, budget)
         sequences.append(found)

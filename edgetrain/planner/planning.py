@@ -13,12 +13,12 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 from torch import nn
 
-from edgetrain.chain import chain_of
-from edgetrain.chain.noise import Noise
+from edgetrain.chain import Mode, chain_of
+from edgetrain.chain.noise import BFLOAT16_NSR, Noise
 from edgetrain.errors import UsageError
 from edgetrain.memory import Costs, measure_costs
 from edgetrain.memory.estimate import DTYPES, Precision, from_trace
@@ -29,15 +29,18 @@ from edgetrain.memory.times import Times
 from edgetrain.nn import Invertible
 from edgetrain.planner.place import Place
 from edgetrain.planner.plans import Alternative, Costed, Plan
-from edgetrain.planner.reasons import explain, modes_of
+from edgetrain.planner.reasons import explain, modes_of, rounded_in
 from edgetrain.planner.samples import micro_batch_counts, probed_noise, reach_of
 from edgetrain.planner.search import Candidate, Search, at_micro_batches
 from edgetrain.planner.shortage import shortage
-from edgetrain.runtime import wrap
+from edgetrain.runtime import Program, wrap
 from edgetrain.units import format_mib, parse_size
 
 if TYPE_CHECKING:
     from edgetrain.profiles import Profile
+
+StoredPrecision = Literal["bf16"]
+"""In which a checkpoint may wait, other than that of the step."""
 
 SNR_LIMIT = 1e4
 """Signal over noise (a ratio of powers) below which no activation may fall."""
@@ -59,6 +62,7 @@ def plan(
     micro_batches: int | None = None,
     allow_ghost_batchnorm: bool = False,
     snr_limit: float = SNR_LIMIT,
+    stored_precision: StoredPrecision | None = None,
     times: Times | None = None,
     noise: Noise | None = None,
 ) -> Plan:
@@ -80,7 +84,10 @@ def plan(
             memory until the end of the step. The optimiser is given to :func:`edgetrain.wrap`.
         micro_batches: parts of a batch; None: one where the batch norm is live, else the number with the fastest step.
         allow_ghost_batchnorm: allow parts although batch norm then sees other statistics: as few as fit.
-        snr_limit: least ratio of signal to noise of an activation that was inverted.
+        snr_limit: least ratio of signal to noise of an activation that was inverted, or rounded.
+        stored_precision: ``"bf16"``: an input that is kept until its block is run again, or an inversion starts from
+            it, may wait in bfloat16, at half its bytes. Gradients then differ by that rounding: at most 2^-8 of each
+            value that waits. None: no activation is rounded.
         times: of a step at this batch size; None: measured here, or from the profile's rates.
         noise: of the model; None: measured with samples of random numbers. Real samples are better, see
             :func:`edgetrain.chain.measure_noise`.
@@ -102,6 +109,7 @@ def plan(
         micro_batches=micro_batches,
         allow_ghost_batchnorm=allow_ghost_batchnorm,
         snr_limit=snr_limit,
+        stored_precision=stored_precision,
         times=times,
         noise=noise,
     ).plan(budget)
@@ -124,6 +132,7 @@ class Planner:
         micro_batches: int | None = None,
         allow_ghost_batchnorm: bool = False,
         snr_limit: float = SNR_LIMIT,
+        stored_precision: StoredPrecision | None = None,
         times: Times | None = None,
         noise: Noise | None = None,
     ) -> None:
@@ -131,6 +140,7 @@ class Planner:
             raise UsageError(
                 found=f"precision {precision!r}", expected="one of " + ", ".join(DTYPES), action="pass fp32"
             )
+        _check_stored(stored_precision, precision, snr_limit)
         self.model, self.input_shape, self.batch_size = model, input_shape, batch_size
         self.place, self.precision, self.updates_in_backward = Place.of(device), precision, update_in_backward
         self._optimizer, self._loss, self._times = optimizer, loss, times
@@ -150,7 +160,11 @@ class Planner:
         if noise is None and any(isinstance(block.module, Invertible) for block in self._blocks):
             noise = probed_noise(model, input_shape)
         self._noise = None if noise is None else noise.in_dtype(DTYPES[precision])
-        self._reach = None if self._noise is None else reach_of(self._noise, snr_limit)
+        self._reach = self._rounded_reach = None
+        if self._noise is not None:
+            self._reach = reach_of(self._noise, snr_limit)
+            self._rounded_reach = reach_of(self._noise, snr_limit, output_nsr=BFLOAT16_NSR)
+        self._stored = stored_precision
         self._costs: dict[int, Costs] = {}
         self._searches: dict[int, tuple[Search, Times]] = {}
 
@@ -188,7 +202,7 @@ class Planner:
             best.candidate.program,
             micro_batches=best.count,
             rejected=rejected,
-            snrs=() if self._noise is None else self._noise.snrs(modes),
+            snrs=self._snrs(best.candidate.program, modes),
             costed=Costed(
                 peak_bytes=best.whole.peak_bytes,
                 reserved_bytes=best.reserved_bytes,
@@ -202,6 +216,13 @@ class Planner:
                 front=tuple((c.peak_bytes, c.seconds) for c in self.front(best.count)),
             ),
         )
+
+    def _snrs(self, program: Program, modes: tuple[Mode, ...]) -> tuple[float, ...]:
+        rounded = rounded_in(program)
+        if self._noise is None and not rounded:
+            return ()
+        noise = self._noise or Noise((None,) * len(modes), DTYPES[self.precision], "nothing is inverted")
+        return noise.snrs(modes, rounded=rounded)
 
     def front(self, micro_batches: int = 1) -> tuple[Candidate, ...]:
         """Steps that nothing beats in both peak and time, leanest first."""
@@ -258,7 +279,9 @@ class Planner:
             self.costs(samples),
             times,
             reach=self._reach,
+            rounded_reach=self._rounded_reach,
             offload=self.place.offload,
+            stored_bfloat16=self._stored == "bf16",
             update_in_backward=update_in_backward,
         )
 
@@ -328,6 +351,32 @@ class Planner:
             reason = f"{format_mib(over)} over the budget" if over > 0 else f"{slower:+.1%} time"
             found.append(Alternative(f"uniform {mode}", reason, whole.peak_bytes, whole.seconds))
         return found
+
+
+def _check_stored(stored: str | None, precision: str, snr_limit: float) -> None:
+    """Whether checkpoints can wait in ``stored`` precision.
+
+    Raises:
+        UsageError: they cannot, or have nothing to gain, or the limit forbids it.
+    """
+    if stored is None:
+        return
+    if stored not in get_args(StoredPrecision):
+        raise UsageError(
+            found=f"stored precision {stored!r}", expected="bf16, or none at all", action="pass bf16, or leave it out"
+        )
+    if precision != "fp32":
+        raise UsageError(
+            found=f"stored precision {stored} in a step in {precision}",
+            expected="a step in fp32: nothing that is kept would be shorter",
+            action="leave --stored-precision out",
+        )
+    if BFLOAT16_NSR * snr_limit > 1:
+        raise UsageError(
+            found=f"stored precision {stored} with a limit of {snr_limit:g} on signal over noise",
+            expected=f"at most {1 / BFLOAT16_NSR:.0f}, what rounding to bfloat16 leaves",
+            action="lower --snr-limit, or leave --stored-precision out",
+        )
 
 
 @dataclass(frozen=True)

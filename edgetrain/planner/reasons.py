@@ -9,9 +9,10 @@ from edgetrain.chain import MODES, Block, Mode
 from edgetrain.memory import BlockCosts, Costs
 from edgetrain.memory.times import BlockTimes, Times
 from edgetrain.planner.plans import Alternative
-from edgetrain.runtime.program import Backward, Forward, Offload, Program, Recompute
+from edgetrain.runtime.program import Backward, Fetch, Forward, Offload, Place, Program, Recompute
 from edgetrain.units import format_mib
 
+_PLACES: dict[Place, str] = {"host": "the host's memory", "disk": "a file", "bfloat16": "bfloat16"}
 _MODES: dict[str, Mode] = {mode: mode for mode in MODES}  # of a backward pass: named alike, but for "saved"
 
 
@@ -22,6 +23,27 @@ def modes_of(program: Program) -> tuple[Mode, ...]:
     return tuple(
         ("store" if i in kept else "recompute") if how[i] == "saved" else _MODES[how[i]] for i in range(len(how))
     )
+
+
+def rounded_in(program: Program) -> frozenset[int]:
+    """Blocks whose backward pass starts from a z that was kept in bfloat16: their input, or output if inverted."""
+    waiting, rounded, found = set[int](), set[int](), set[int]()
+    for step in program.instructions:
+        if isinstance(step, Offload):
+            (waiting.add if step.to == "bfloat16" else waiting.discard)(step.index)
+        elif isinstance(step, Fetch) and step.index in waiting:
+            rounded.add(step.index)
+        elif isinstance(step, Forward):
+            rounded.discard(step.block + 1)
+        elif isinstance(step, Recompute):
+            rounded.difference_update(range(step.first + 1, step.last + 2))
+        elif isinstance(step, Backward):
+            inverted = step.how in ("invert", "invert_layerwise")
+            if step.block + inverted in rounded:
+                found.add(step.block)
+            if inverted:
+                rounded.discard(step.block)
+    return frozenset(found)
 
 
 def explain(
@@ -36,30 +58,31 @@ def explain(
             runs.update(range(step.first, step.last + 1))
         elif isinstance(step, Backward) and step.how == "recompute":
             runs[step.block] += 1
-    offloaded = {step.index for step in program.instructions if isinstance(step, Offload)}
+    places: dict[int, Place] = {step.index: step.to for step in program.instructions if isinstance(step, Offload)}
     modes = modes_of(program)
     reasons, rejected = [], []
     for i, (block, mode) in enumerate(zip(blocks, modes, strict=True)):
-        reasons.append(_reason(i, mode, runs[i], costs.blocks[i], times.blocks[i], offloaded=i in offloaded))
+        reasons.append(_reason(i, mode, runs[i], costs.blocks[i], times.blocks[i], places.get(i)))
         rejected.append(tuple(_others(block, mode, costs.blocks[i], times.blocks[i])))
     return tuple(reasons), tuple(rejected)
 
 
-def _reason(i: int, mode: Mode, runs: int, cost: BlockCosts, time: BlockTimes, *, offloaded: bool) -> str:
+def _reason(i: int, mode: Mode, runs: int, cost: BlockCosts, time: BlockTimes, place: Place | None) -> str:
     extra = _extra(time, mode)
     if mode == "store":
         return f"keeps {format_mib(max(0, cost.saved_bytes))} for its gradient: there is room for it"
+    waits = "" if place is None else f"; z[{i}] waits in {_PLACES[place]}"
     if mode == "selective":
         kept = cost.products_bytes
         seconds = extra + (runs - 1) * time.forward
         return (
             f"keeps the results of its convolutions and matrix products, {format_mib(max(0, kept))}, and runs the rest "
-            f"again: spares {format_mib(max(0, cost.saved_bytes - kept))} for {1e3 * seconds:.1f} ms"
+            f"again: spares {format_mib(max(0, cost.saved_bytes - kept))} for {1e3 * seconds:.1f} ms{waits}"
         )
     if mode == "recompute":
-        place = f"z[{i}] waits in the host's memory" if offloaded else f"run {runs} times"
+        how = f"run {runs} times" if place is None else f"z[{i}] waits in {_PLACES[place]}"
         seconds = (runs - 1) * time.forward
-        return f"{place}: spares {format_mib(max(0, cost.saved_bytes))} for {1e3 * seconds:.1f} ms"
+        return f"{how}: spares {format_mib(max(0, cost.saved_bytes))} for {1e3 * seconds:.1f} ms"
     held = "holding its hidden activations" if mode == "invert" else "holding nothing"
     return f"its input comes back from its output, {held}: spares {format_mib(_kept(cost))} for {1e3 * extra:.1f} ms"
 

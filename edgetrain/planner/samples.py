@@ -66,7 +66,11 @@ def probed_noise(model: nn.Module, input_shape: tuple[int, int, int]) -> Noise:
     return measure_noise(model, (_NOISE_SAMPLES, *input_shape))
 
 
-def reach_of(noise: Noise, snr_limit: float) -> tuple[int, ...]:
-    """For every block the first one of the longest run of inversions that ends at it."""
-    runs = [noise.longest_runs(snr_limit, way=way) for way in ("invert", "invert_layerwise")]
+def reach_of(noise: Noise, snr_limit: float, *, output_nsr: float = 0.0) -> tuple[int, ...]:
+    """For every block the first one of the longest run of inversions that ends at it.
+
+    Args:
+        output_nsr: ratio of noise to signal from which a run starts.
+    """
+    runs = [noise.longest_runs(snr_limit, way=way, output_nsr=output_nsr) for way in ("invert", "invert_layerwise")]
     return tuple(max(firsts) for firsts in zip(*runs, strict=True))

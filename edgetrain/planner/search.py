@@ -49,7 +49,9 @@ class Search:
         costs: bytes of every instruction.
         times: seconds of every instruction.
         reach: how far runs of inversions may go, :class:`edgetrain.planner.stages.Problem`; None: anywhere.
+        rounded_reach: likewise from a rounded activation.
         offload: whether activations may go to the host's memory.
+        stored_bfloat16: whether they may be kept in bfloat16.
         update_in_backward: whether the optimiser steps block by block.
         slots: of the table.
     """
@@ -61,7 +63,9 @@ class Search:
         times: Times,
         *,
         reach: Sequence[int] | None = None,
+        rounded_reach: Sequence[int] | None = None,
         offload: bool = False,
+        stored_bfloat16: bool = False,
         update_in_backward: bool = False,
         slots: int = 500,
     ) -> None:
@@ -69,7 +73,14 @@ class Search:
         self._update = update_in_backward
         self._reach = reach
         self._problem = problem_of(
-            blocks, costs, times, reach=reach, offload=offload, update_in_backward=update_in_backward
+            blocks,
+            costs,
+            times,
+            reach=reach,
+            rounded_reach=rounded_reach,
+            offload=offload,
+            stored_bfloat16=stored_bfloat16,
+            update_in_backward=update_in_backward,
         )
 
     @functools.cached_property

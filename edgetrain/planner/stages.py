@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from edgetrain.chain import Block
 from edgetrain.memory import BlockCosts, Costs
 from edgetrain.memory.effects import Effect, Operand
+from edgetrain.memory.simulate import BFLOAT16_BYTES
 from edgetrain.memory.times import BlockTimes, Times
-from edgetrain.runtime.program import How
+from edgetrain.runtime.offload import can_be_rounded
+from edgetrain.runtime.program import How, Place
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,22 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Away:
+    """Where a checkpoint can wait, other than as it is.
+
+    Attributes:
+        held_bytes: of z[0] ... z[L], what each takes of the device meanwhile; None: it cannot go there.
+        seconds_per_byte: one way, by the bytes of the tensor itself.
+        exact: whether it comes back as it was; else it is rounded.
+    """
+
+    to: Place
+    held_bytes: tuple[int | None, ...]
+    seconds_per_byte: float
+    exact: bool
+
+
+@dataclass(frozen=True)
 class Problem:
     """A chain for the dynamic programme.
 
@@ -97,7 +115,8 @@ class Problem:
         head_seconds: of the loss.
         reach: for each block j the first block s such that z[s] is still good enough when blocks j..s are inverted
             from an exact z[j+1].
-        offload_seconds_per_byte: one way; None where there is no other memory.
+        rounded_reach: likewise from a z[j+1] that was rounded; asked for only where one of ``places`` rounds.
+        places: where checkpoints can wait.
         gradients_stay: whether the gradients of all blocks are there until the end of the step.
     """
 
@@ -106,8 +125,14 @@ class Problem:
     head_bytes: int
     head_seconds: float
     reach: tuple[int, ...]
-    offload_seconds_per_byte: float | None = None
+    rounded_reach: tuple[int, ...] = ()
+    places: tuple[Away, ...] = ()
     gradients_stay: bool = True
+
+    @property
+    def rounds(self) -> bool:
+        """Whether one of the places does not give back what it got."""
+        return not all(place.exact for place in self.places)
 
     @property
     def activation_bytes(self) -> tuple[int, ...]:
@@ -129,7 +154,9 @@ def problem_of(
     times: Times,
     *,
     reach: Sequence[int] | None = None,
+    rounded_reach: Sequence[int] | None = None,
     offload: bool = False,
+    stored_bfloat16: bool = False,
     update_in_backward: bool = False,
 ) -> Problem:
     """The problem of choosing for ``blocks``.
@@ -137,8 +164,9 @@ def problem_of(
     Args:
         costs: bytes of their instructions.
         times: seconds of their instructions.
-        reach: as in :class:`Problem`; None: an inversion has no noise worth speaking of.
+        reach: as in :class:`Problem`, like ``rounded_reach``; None: an inversion has no noise worth speaking of.
         offload: whether activations may go to the memory of the host.
+        stored_bfloat16: whether they may be kept in bfloat16.
         update_in_backward: whether the optimiser steps block by block.
     """
     sizes = [_count(s) * b for s, b in zip(costs.shapes, costs.element_bytes, strict=True)]
@@ -181,6 +209,15 @@ def problem_of(
                 selection=_selection(block, cost, time, sizes, i, after),
             )
         )
+    places = []
+    if offload:
+        places.append(Away("host", (0,) * len(sizes), 1 / times.copy_bytes_per_s, exact=True))
+    if stored_bfloat16:
+        rounded = [
+            _count(shape) * BFLOAT16_BYTES if can_be_rounded(dtype) else None
+            for shape, dtype in zip(costs.shapes, costs.dtypes, strict=True)
+        ]
+        places.append(Away("bfloat16", tuple(rounded), 1 / times.rounding_bytes_per_s, exact=False))
     head = next(iter(costs.heads.values()))
     return Problem(
         stages=tuple(stages),
@@ -188,7 +225,8 @@ def problem_of(
         head_bytes=head.peak_bytes,
         head_seconds=times.head,
         reach=tuple(reach) if reach is not None else (0,) * len(stages),
-        offload_seconds_per_byte=1 / times.copy_bytes_per_s if offload else None,
+        rounded_reach=tuple(rounded_reach) if rounded_reach is not None else (0,) * len(stages),
+        places=tuple(places),
         gradients_stay=not update_in_backward,
     )
 

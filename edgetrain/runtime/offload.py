@@ -1,4 +1,8 @@
-"""Moving a kept activation out of the device's memory: to the host's, or to a file."""
+"""Keeping an activation where it takes less of the device's memory: the host's, a file, or on the device in bfloat16.
+
+The first two give back what they were given. bfloat16 has 8 significant bits and float32's exponents, so it rounds:
+by at most 2^-8 of each value, its unit roundoff (:data:`edgetrain.chain.noise.BFLOAT16_NSR` for the power).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edgetrain.errors import ModelError
 from edgetrain.runtime.program import Place
 
 
@@ -19,21 +24,21 @@ class Offloaded:
 
     Attributes:
         shape: of the tensor, as ``dtype`` and ``device``.
-        host: its copy in host memory, or None.
+        copy: in host memory, or rounded on the device; or None.
         file: an unnamed temporary file with its bytes, or None.
     """
 
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
-    host: Tensor | None = None
+    copy: Tensor | None = None
     file: IO[bytes] | None = None
 
     def fetch(self) -> Tensor:
-        """The tensor, back on its device."""
+        """The tensor, back on its device and in its type."""
         if self.file is None:
-            assert self.host is not None
-            return self.host.to(self.device)
+            assert self.copy is not None
+            return self.copy.to(self.device, self.dtype)
         tensor = torch.empty(self.shape, dtype=self.dtype)
         self.file.seek(0)
         self.file.readinto(_bytes_of(tensor))  # type: ignore[attr-defined]
@@ -42,12 +47,30 @@ class Offloaded:
 
 
 def offload(tensor: Tensor, place: Place) -> Offloaded:
-    """Moves ``tensor`` to host memory or to a file in the temporary folder; the caller drops its own reference."""
-    if place == "host":
-        return Offloaded(tensor.shape, tensor.dtype, tensor.device, host=tensor.to("cpu", copy=True))
+    """Moves ``tensor`` to host memory, to a file in the temporary folder, or to bfloat16 where it is.
+
+    The caller drops its own reference.
+
+    Raises:
+        ModelError: bfloat16 would not be shorter, or ``tensor`` holds no floating point numbers.
+    """
+    if place == "bfloat16" and not can_be_rounded(tensor.dtype):
+        raise ModelError(
+            found=f"an activation in {tensor.dtype} that the program keeps in bfloat16",
+            expected="one in float32 or float64",
+            action="make the plan again at the precision it is run with",
+        )
+    if place != "disk":
+        copy = tensor.to("cpu", copy=True) if place == "host" else tensor.to(torch.bfloat16)
+        return Offloaded(tensor.shape, tensor.dtype, tensor.device, copy=copy)
     file = tempfile.TemporaryFile()  # noqa: SIM115 - lives until it is fetched
     file.write(_bytes_of(tensor.detach().to("cpu").contiguous()).data)
     return Offloaded(tensor.shape, tensor.dtype, tensor.device, file=file)
+
+
+def can_be_rounded(dtype: torch.dtype) -> bool:
+    """Whether bfloat16 takes fewer bytes and has the range."""
+    return dtype in (torch.float32, torch.float64)
 
 
 def _bytes_of(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -15,7 +15,7 @@ Blocks are numbered 0..L-1; ``z[i]`` is the input of block i and ``g[i]`` the gr
 | backward i recompute        | g[i+1], z[i]           | g[i]; z[i] stays                                        |
 | backward i invert           | g[i+1], z[i+1]         | g[i] and z[i], in the memory of g[i+1] and z[i+1]       |
 | backward i invert_layerwise | as invert              | as invert, holding no hidden activation                 |
-| offload / fetch z[i]        | z[i]                   | moves it out of the device's memory and back            |
+| offload / fetch z[i]        | z[i]                   | moves it to another place, or to bfloat16, and back     |
 | update i                    | gradients of block i   | optimiser step of block i; its gradients are freed      |
 | free z[i]                   | z[i]                   |                                                         |
 
@@ -33,7 +33,7 @@ from edgetrain.errors import ModelError
 
 Keep = Literal["all", "products", "input", "nothing"]
 How = Literal["saved", "selective", "recompute", "invert", "invert_layerwise"]
-Place = Literal["host", "disk"]
+Place = Literal["host", "disk", "bfloat16"]
 
 FORMAT_VERSION = 1
 
@@ -75,7 +75,7 @@ class Backward:
 
 @dataclass(frozen=True)
 class Offload:
-    """z[index] leaves the device's memory for the host's, or for a file."""
+    """z[index] leaves the device's memory for the host's, or for a file, or stays there rounded to bfloat16."""
 
     op: ClassVar[str] = "offload"
     index: int

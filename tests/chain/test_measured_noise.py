@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import edgetrain
-from edgetrain.chain import BlockNoise, Noise, Way, chain_of, measure_noise
+from edgetrain.chain import BFLOAT16_NSR, BlockNoise, Noise, Way, chain_of, measure_noise
 from edgetrain.errors import UsageError
 from edgetrain.nn import CouplingLayer, HybridBlock, Invertible, InvertibleSequential, ReversibleBlock
 from edgetrain.nn.noise import alpha_batch_norm, alpha_leaky_relu, nsr, retrace, snr
+from edgetrain.runtime.offload import offload
 
 WAYS: tuple[Way, Way] = ("invert", "invert_layerwise")
 
@@ -37,15 +38,22 @@ def forward(model: nn.Module, x: Tensor) -> tuple[list[nn.Module], list[Tensor]]
 
 
 @torch.no_grad()
-def deviations(model: nn.Module, noise: Noise, x: Tensor, way: Way) -> list[float]:
-    """log10(predicted SNR / SNR of really inverting) of every run of blocks, while the latter is above 10."""
+def deviations(model: nn.Module, noise: Noise, x: Tensor, way: Way, *, rounded: bool = False) -> list[float]:
+    """log10(predicted SNR / SNR of really inverting) of every run of blocks, while the latter is above 10.
+
+    Args:
+        rounded: runs start from what is left after bfloat16.
+    """
     blocks, z = forward(model, x)
     found = []
     for last, block in enumerate(noise.blocks):
         if block is None:
             continue
         y, real = z[last + 1].clone(), math.inf
-        for k, predicted in enumerate(noise.run_snrs(last, way=way)):
+        if rounded:
+            y = offload(y, "bfloat16").fetch()
+        runs = noise.run_snrs(last, way=way, output_nsr=BFLOAT16_NSR if rounded else 0.0)
+        for k, predicted in enumerate(runs):
             module, true_input = blocks[last - k], z[last - k]
             assert isinstance(module, Invertible)
             y, hidden = retrace(module, true_input, y)
@@ -75,6 +83,32 @@ def test_predicts_every_run_of_fresh_networks(family: Callable[[int, float], nn.
         noise = measure_noise(model, x)
         for way in WAYS:
             assert_predicts(deviations(model, noise, x, way))
+
+
+@pytest.mark.parametrize("slope", [0.4, 0.2, 0.1])
+@pytest.mark.parametrize("family", [layerwise, hybrid])
+def test_predicts_every_run_from_bfloat16(family: Callable[[int, float], nn.Sequential], slope: float) -> None:
+    """To the safe side where slopes are small: small values, whose noise is amplified, are rounded by little."""
+    for depth in (3, 7):
+        torch.manual_seed(depth)
+        model, x = family(depth, slope), torch.randn(16, 32, 8, 8)
+        noise = measure_noise(model, x)
+        for way in WAYS:
+            found = deviations(model, noise, x, way, rounded=True)
+            assert_predicts(found, lowest=-0.8 if family is hybrid else -2.5)
+
+
+def test_a_run_from_bfloat16_is_shorter_and_says_so() -> None:
+    block = BlockNoise(gain=4.0, own=1e-14, rounding=1e-13, hidden_gain=2.0, hidden_own=1e-13)
+    noise = Noise((None, *(block,) * 6), torch.float32, "made up")
+    limit = 1e4  # NSR 1 / (3 * 2^16) grows fourfold in each block: 1e-4 lies between the second and the third
+    assert noise.longest_runs(limit, way="invert", output_nsr=BFLOAT16_NSR) == (1, 1, 1, 2, 3, 4, 5)
+    assert noise.longest_runs(limit, way="invert") == (1,) * 7
+    expected = [BFLOAT16_NSR * 4.0**k for k in (1, 2)]
+    snrs = noise.snrs(["store", *["recompute"] * 4, "invert", "invert"], rounded={0, 3, 6})
+    assert [1 / snr for snr in snrs[5:][::-1]] == pytest.approx(expected)
+    assert [1 / snr for snr in (snrs[0], snrs[3])] == pytest.approx([BFLOAT16_NSR] * 2)
+    assert snrs[1] == snrs[2] == snrs[4] == math.inf
 
 
 @pytest.mark.parametrize("name", ["layerwise18", "hybrid18", "revnet18", "irevnet18"])

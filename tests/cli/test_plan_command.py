@@ -46,6 +46,23 @@ def test_prints_the_plan_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(found["modes"]) == {"store"}
 
 
+def test_checkpoints_wait_in_bfloat16_on_request(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    options = ["plan", "resnet20", *SMALL, "--budget", "6.5MiB", "--explain", "--out", str(file)]
+    assert run(options) == 0
+    assert "bfloat16" not in capsys.readouterr().out
+    seconds = Plan.from_json(file.read_text()).step_seconds
+    assert run([*options, "--stored-precision", "bf16"]) == 0
+    out = capsys.readouterr().out
+    assert "waits in bfloat16" in out
+    assert "to bfloat16" in out
+    plan = Plan.from_json(file.read_text())
+    assert plan.peak_bytes <= 6.5 * 2**20
+    assert plan.step_seconds < seconds
+    assert run([*options, "--stored-precision", "bf16", "--precision", "bf16"]) == 2
+    assert "--stored-precision" in capsys.readouterr().err
+
+
 def test_an_infeasible_budget_names_the_least(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", "resnet20", *SMALL, "--budget", "4MiB"]) == 5
     err = capsys.readouterr().err

@@ -324,6 +324,44 @@ def test_offloading_to_a_host_that_shares_the_memory_to_the_byte(
     assert simulate(plan.program, costs).host_peak_bytes == 0
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_waits_in_bfloat16_takes_half_to_the_byte(
+    five: tuple[nn.Module, Costs], device: Any, monkeypatch: Any
+) -> None:
+    model, costs = five
+    plan = plan_of(model, *offloading("bfloat16"))
+    if device == "cpu":
+        assert_exact(model, plan, costs, monkeypatch)
+    else:
+        costs = measure_costs(model, input_shape=INPUT, batch_size=BATCH, device=device)
+    simulation = simulate(plan.program, costs)
+    z_bytes = 4 * BATCH * 8 * 8 * 8  # z[1] and z[2]: 8 channels of 8 x 8 in fp32
+    moved = [m for m in simulation.moments if isinstance(m.instruction, Offload | Fetch)]
+    half = z_bytes // 2
+    assert [m.after_bytes - m.before_bytes for m in moved] == [-half, -half, half, half]
+    assert [m.peak_bytes - m.before_bytes for m in moved] == [half, half, z_bytes, z_bytes]
+    assert simulation.host_peak_bytes == 0
+
+
+def test_a_view_that_waits_in_bfloat16_to_the_byte(monkeypatch: Any) -> None:
+    model = transposed()
+    costs = measure_costs(model, input_shape=INPUT, batch_size=BATCH, optimizer=OPTIMIZER)
+    steps = [
+        Forward(0, "all"),
+        Forward(1, "all"),
+        Forward(2, "input"),
+        Offload(2, "bfloat16"),
+        *(Forward(i, "all") for i in range(3, 6)),
+        Head(),
+        *(Backward(i, "saved") for i in (5, 4, 3)),
+        Fetch(2),
+        Backward(2, "recompute"),
+        Backward(1, "saved"),
+        Backward(0, "saved"),
+    ]
+    assert_exact(model, plan_of(model, *steps), costs, monkeypatch)
+
+
 def test_what_is_offloaded_elsewhere_is_not_on_the_device(five: tuple[nn.Module, Costs]) -> None:
     model, _ = five
     costs = measure_costs(model, input_shape=INPUT, batch_size=BATCH, device="cuda")
@@ -344,7 +382,7 @@ def test_what_is_alive(five: tuple[nn.Module, Costs]) -> None:
     assert alive[15] == ({0, 1, 3, 5}, set(), set())
 
 
-@pytest.mark.parametrize("place", ["host", "disk"])
+@pytest.mark.parametrize("place", get_args(Place))
 def test_offloading_against_measurement(place: Place) -> None:
     torch.manual_seed(0)
     model, shape, batch = five_blocks_of(64), (3, 16, 16), 32

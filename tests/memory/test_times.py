@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 
 import pytest
@@ -32,7 +33,7 @@ FIRST = BlockTimes(1, 2, 4, 8, None, None, 16)
 SECOND = BlockTimes(
     100, 200, 400, 800, 1600, 3200, 6400, forward_in_place=50, forward_products=110, backward_selective=500
 )
-TIMES = Times((FIRST, SECOND), 0.5, 10.0, "made up", SHAPES, (4, 4, 4))
+TIMES = Times((FIRST, SECOND), 0.5, 10.0, 40.0, "made up", SHAPES, (4, 4, 4))
 
 
 def program(*steps: Instruction) -> Program:
@@ -65,6 +66,12 @@ def program(*steps: Instruction) -> Program:
 def test_an_instruction_takes_its_time(step: Instruction, seconds: float):
     # without an update in it, a program is followed by one of all parameters
     assert program_seconds(program(step), TIMES) == pytest.approx(seconds + 0.5 + 16 + 6400)
+
+
+def test_a_fetch_takes_as_long_as_what_it_undoes():
+    steps = Offload(1, "bfloat16"), Offload(0, "host"), Fetch(1), Fetch(0), Offload(1, "host"), Fetch(1)
+    rounding, copying = 2 * 5 * 4 / 40, (2 * 3 * 4 + 2 * 5 * 4) / 10
+    assert program_seconds(program(*steps), TIMES) == pytest.approx(2 * rounding + 2 * copying + 0.5 + 16 + 6400)
 
 
 def test_updates_inside_replace_the_one_after():
@@ -128,6 +135,7 @@ def test_measured_rates_win_over_shares_of_the_peaks():
     }
     found = rates_of(Profile.model_validate(calibrated))
     assert (found.rate_at(64), found.bytes_per_s, found.copy_bytes_per_s) == (3e11, 6e10, 3e10)
+    assert found.rounding_bytes_per_s == pytest.approx(4e10)  # of 4 bytes, 4 are read and 2 written
 
 
 def test_a_profile_without_rates_says_what_to_do():
@@ -192,6 +200,7 @@ def test_measured_times_have_what_the_blocks_allow():
     assert all(block.update > 0 for name, block in by_name.items() if not name.startswith("pool"))
     assert times.head > 0
     assert times.copy_bytes_per_s > 0
+    assert 0 < times.rounding_bytes_per_s < math.inf
 
 
 def test_equal_blocks_share_their_times():

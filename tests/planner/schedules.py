@@ -12,15 +12,17 @@ Steps = tuple[Instruction, ...]
 
 def every_schedule(problem: Problem) -> Iterator[Steps]:
     """All of the family that the planner searches."""
-    yield from _between(problem, 0, len(problem.stages) - 1, foreign=True, needed=False, fresh=True)
+    yield from _between(problem, 0, len(problem.stages) - 1, foreign=True, needed=False)
 
 
-def _between(problem: Problem, s: int, t: int, *, foreign: bool, needed: bool, fresh: bool) -> Iterator[Steps]:
+def _between(
+    problem: Problem, s: int, t: int, *, foreign: bool, needed: bool, near: bool = False, rounded: bool = False
+) -> Iterator[Steps]:
     """From z[s] through the backward passes of t..s.
 
     Args:
         foreign: somebody else keeps z[s]; ``needed``: it must be there in the end.
-        fresh: whether z[s] must be exact in the end, so that nothing may invert s.
+        near: whether it may then be rounded; ``rounded``: it is, or was computed from one that is.
     """
     count = len(problem.stages)
     end: Steps = () if foreign or needed else (Free(s),)
@@ -32,12 +34,12 @@ def _between(problem: Problem, s: int, t: int, *, foreign: bool, needed: bool, f
     def run(i: int, keep: str) -> Steps:
         return (Forward(i, keep),) if t == count - 1 else (Recompute(i, i, keep),)  # type: ignore[arg-type]
 
-    for rest in _between(problem, s + 1, t, foreign=stage.keeps_output, needed=False, fresh=True):
+    for rest in _between(problem, s + 1, t, foreign=stage.keeps_output, needed=False, rounded=rounded):
         drop: Steps = (Free(s + 1),) if stage.keeps_output else ()
         yield (*run(s, "all"), *end, *rest, *drop, Backward(s, "saved"))
     if stage.selection is not None:
         kept = stage.selection.keeps_output
-        for rest in _between(problem, s + 1, t, foreign=kept, needed=False, fresh=True):
+        for rest in _between(problem, s + 1, t, foreign=kept, needed=False, rounded=rounded):
             drop = (Free(s + 1),) if kept else ()
             yield (*run(s, "products"), *rest, *drop, Backward(s, "selective"), *end)
     if stage.recompute_seconds is not None:
@@ -45,19 +47,29 @@ def _between(problem: Problem, s: int, t: int, *, foreign: bool, needed: bool, f
             yield (Backward(s, "recompute"), *end)
         for k in range(s + 1, t + 1):
             forward = tuple(step for i in range(s + 1, k) for step in run(i, "nothing"))
-            for rest in _between(problem, k, t, foreign=False, needed=False, fresh=True):
-                for again in _between(problem, s, k - 1, foreign=foreign, needed=needed, fresh=fresh):
+            for rest in _between(problem, k, t, foreign=False, needed=False, rounded=rounded):
+                for again in _between(problem, s, k - 1, foreign=foreign, needed=needed, near=near, rounded=rounded):
                     yield (*run(s, "input"), *forward, *rest, *again)
-                    if problem.offload_seconds_per_byte is not None and not foreign:
-                        yield (*run(s, "input"), Offload(s), *forward, *rest, Fetch(s), *again)
-    if stage.ways and not foreign and not (needed and fresh):
-        for j in range(s, t + 1):
-            if not problem.stages[j].ways or problem.reach[j] > s:
-                break
-            forward = tuple(step for i in range(s, j + 1) for step in run(i, "nothing"))
-            for rest in _between(problem, j + 1, t, foreign=False, needed=True, fresh=True):
-                for backward in _ways(problem, s, j):
-                    yield (*forward, *rest, *backward, *end)
+                    for place in problem.places:
+                        if place.exact and not foreign:
+                            yield (*run(s, "input"), Offload(s, place.to), *forward, *rest, Fetch(s), *again)
+                for place in problem.places:
+                    may = not place.exact and place.held_bytes[s] is not None and (near or rounded or not needed)
+                    for again in (
+                        _between(problem, s, k - 1, foreign=False, needed=needed, rounded=True)
+                        if may and not foreign
+                        else ()
+                    ):
+                        yield (*run(s, "input"), Offload(s, place.to), *forward, *rest, Fetch(s), *again)
+    if stage.ways and not foreign and not needed and not rounded:
+        for accepted, reach in ((False, problem.reach), (True, problem.rounded_reach)):
+            for j in range(s, t + 1):
+                if (accepted and not problem.rounds) or not problem.stages[j].ways or reach[j] > s:
+                    break
+                forward = tuple(step for i in range(s, j + 1) for step in run(i, "nothing"))
+                for rest in _between(problem, j + 1, t, foreign=False, needed=True, near=accepted):
+                    for backward in _ways(problem, s, j):
+                        yield (*forward, *rest, *backward, *end)
 
 
 def _ways(problem: Problem, s: int, j: int) -> Iterator[Steps]:
@@ -80,6 +92,7 @@ def seconds_of(problem: Problem, steps: Steps) -> float:
     """Of a whole step."""
     total = problem.head_seconds
     z = problem.activation_bytes
+    away: dict[int, str] = {}
     for step in steps:
         if isinstance(step, Forward):
             total += _forward_seconds(problem.stages[step.block], step.keep)
@@ -98,8 +111,10 @@ def seconds_of(problem: Problem, steps: Steps) -> float:
             else:
                 total += next(way.seconds for way in stage.ways if way.how == step.how)
         elif isinstance(step, Offload | Fetch):
-            assert problem.offload_seconds_per_byte is not None
-            total += z[step.index] * problem.offload_seconds_per_byte
+            if isinstance(step, Offload):
+                away[step.index] = step.to
+            place = next(place for place in problem.places if place.to == away[step.index])
+            total += z[step.index] * place.seconds_per_byte
     return total
 
 
@@ -108,7 +123,7 @@ def peak_of(problem: Problem, steps: Steps) -> int:
     size, count = problem.activation_bytes, len(problem.stages)
     holders = {i: 0 for i in range(count + 1)}
     holders[0] = 1
-    named, graphs, gradient, trained, hosted = {0}, dict[int, list[int]](), None, 0, set[int]()
+    named, graphs, gradient, trained, away = {0}, dict[int, list[int]](), None, 0, dict[int, int]()
     products = dict[int, list[int]]()
     peak = 0
 
@@ -116,7 +131,7 @@ def peak_of(problem: Problem, steps: Steps) -> int:
         kept = sum(size[i] for i, number in holders.items() if number and i > 0)
         saved = sum(problem.stages[i].saved_bytes for i in graphs)
         saved += sum(stage.selection.products_bytes for i in products if (stage := problem.stages[i]).selection)
-        return kept + saved + trained + (size[gradient] if gradient is not None else 0)
+        return kept + saved + trained + sum(away.values()) + (size[gradient] if gradient is not None else 0)
 
     def drop(i: int) -> None:
         named.discard(i)
@@ -157,12 +172,16 @@ def peak_of(problem: Problem, steps: Steps) -> int:
         elif isinstance(step, Free):
             drop(step.index)
         elif isinstance(step, Offload):
+            held = next(place.held_bytes[step.index] for place in problem.places if place.to == step.to)
+            assert held is not None
+            away[step.index] = held
+            peak = max(peak, level())
             drop(step.index)
-            hosted.add(step.index)
         elif isinstance(step, Fetch):
-            hosted.remove(step.index)
             named.add(step.index)
             holders[step.index] += 1
+            peak = max(peak, level())
+            del away[step.index]
         elif isinstance(step, Backward):
             stage = problem.stages[step.block]
             assert gradient == step.block + 1

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from schedules import every_schedule, peak_of, seconds_of
 
 from edgetrain.planner.dynamic import Table
-from edgetrain.planner.stages import Problem, Selection, Stage, Way
+from edgetrain.planner.stages import Away, Problem, Selection, Stage, Way
+from edgetrain.runtime.program import Backward, Fetch, Forward, Instruction, Offload, Recompute
 
 small = st.integers(0, 4)
 whole_seconds = st.integers(1, 9).map(float)
@@ -66,13 +67,20 @@ def problems(draw: st.DrawFn) -> Problem:
     for _ in range(draw(st.integers(1, 4))):
         chain.append(draw(stages(size)))
         size = chain[-1].output_bytes
+    sizes = [first, *(stage.output_bytes for stage in chain)]
+    places = [Away("host", (0,) * len(sizes), 0.5, exact=True)] if draw(st.booleans()) else []
+    if draw(st.booleans()):
+        halves = tuple(draw(st.sampled_from([size // 2, None])) for size in sizes)
+        places.append(Away("bfloat16", halves, draw(st.sampled_from([0.0, 0.25])), exact=False))
+    reach = tuple(draw(st.integers(0, j)) for j in range(len(chain)))
     return Problem(
         stages=tuple(chain),
         input_bytes=first,
         head_bytes=size + draw(small),
         head_seconds=draw(whole_seconds),
-        reach=tuple(draw(st.integers(0, j)) for j in range(len(chain))),
-        offload_seconds_per_byte=draw(st.sampled_from([None, 0.5])),
+        reach=reach,
+        rounded_reach=tuple(draw(st.integers(exact, j + 1)) for j, exact in enumerate(reach)),
+        places=tuple(places),
         gradients_stay=draw(st.booleans()),
     )
 
@@ -90,7 +98,89 @@ def test_equals_the_best_of_all_schedules_at_every_budget(problem: Problem) -> N
         if best < math.inf:
             steps = table.instructions(m)
             assert peak_of(problem, steps) <= m
+            check_reach(problem, steps)
             assert seconds_of(problem, steps) == pytest.approx(best)
+
+
+def check_reach(problem: Problem, steps: tuple[Instruction, ...]) -> None:
+    """No run of inversions is longer than allowed from what it starts from, and none starts behind a rounding.
+
+    Follows every z: ``exact``, ``rounded`` itself, or run from a z that was, ``derived``.
+    """
+    exact = {place.to: place.exact for place in problem.places}
+    z: dict[int, str] = dict.fromkeys(range(len(problem.stages) + 1), "exact")
+    away: dict[int, str] = {}
+    reach: tuple[int, ...] | None = None
+    start = 0
+    for step in steps:
+        if isinstance(step, Forward | Recompute):
+            blocks = [step.block] if isinstance(step, Forward) else range(step.first, step.last + 1)
+            for i in blocks:
+                z[i + 1] = "exact" if z[i] == "exact" else "derived"
+        elif isinstance(step, Offload):
+            away[step.index] = step.to
+        elif isinstance(step, Fetch) and not exact[away[step.index]]:
+            z[step.index] = "rounded" if z[step.index] == "exact" else z[step.index]
+        if isinstance(step, Backward) and step.how in ("invert", "invert_layerwise"):
+            if reach is None:
+                start = step.block
+                reach = {"exact": problem.reach, "rounded": problem.rounded_reach}[z[start + 1]]
+            assert reach[start] <= step.block
+        else:
+            reach = None
+
+
+def test_an_anchor_waits_in_bfloat16_where_the_run_from_it_may_be_that_long() -> None:
+    """z[2], from which block 1 is inverted: against every schedule, for a run from a rounded one allowed and not."""
+
+    def stage(saved: int, *, recompute: bool, invert: bool) -> Stage:
+        return Stage(
+            output_bytes=8,
+            saved_bytes=saved,
+            keeps_input=False,
+            keeps_output=False,
+            forward_seconds=1.0,
+            forward_all_seconds=1.0,
+            forward_bytes=8,
+            dropping_seconds=1.0,
+            dropping_bytes=8,
+            forward_all_bytes=8 + saved,
+            backward_seconds=1.0,
+            backward_bytes=8,
+            recompute_seconds=2.0 if recompute else None,
+            recompute_bytes=8,
+            gradient_bytes=0,
+            ways=(Way("invert", 3.0, 4),) if invert else (),
+        )
+
+    chain = (
+        stage(2, recompute=False, invert=False),
+        stage(40, recompute=False, invert=True),
+        stage(40, recompute=True, invert=False),
+        stage(20, recompute=False, invert=False),
+    )
+    anchors = []
+    for rounded_reach in ((0, 1, 2, 3), (1, 2, 3, 4)):
+        problem = Problem(
+            chain,
+            input_bytes=8,
+            head_bytes=8,
+            head_seconds=1.0,
+            reach=(0, 1, 2, 3),
+            rounded_reach=rounded_reach,
+            places=(Away("bfloat16", (4,) * 5, 0.25, exact=False),),
+        )
+        schedules = [(peak_of(problem, steps), seconds_of(problem, steps)) for steps in every_schedule(problem)]
+        table = Table(problem, 120, slots=120)
+        chosen = []
+        for m in range(121):
+            assert table.seconds(m) == min((s for peak, s in schedules if peak <= m), default=math.inf), m
+            if table.seconds(m) < math.inf:
+                steps = table.instructions(m)
+                check_reach(problem, steps)
+                chosen.append(Offload(2, "bfloat16") in steps and Backward(1, "invert") in steps)
+        anchors.append(any(chosen))
+    assert anchors == [True, False]
 
 
 @pytest.mark.parametrize(("blocks", "limit_s"), [(60, 1.0), (150, 5.0)])

@@ -10,13 +10,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from rounding import by_hand
 from torch import Tensor, nn
 
 import edgetrain
+from edgetrain.chain import BFLOAT16_NSR
 from edgetrain.errors import BudgetError, ModelError, UsageError
 from edgetrain.memory import Times, measure_costs, predicted_times, trace_step
 from edgetrain.memory.rates import OperatorRates
 from edgetrain.planner import Plan
+from edgetrain.planner.reasons import rounded_in
+from edgetrain.runtime import Offload
 from edgetrain.units import format_mib
 
 RATES = OperatorRates({64: 5e10}, 1e10, 6e9, 5e-6, 0.0, "round numbers")
@@ -163,3 +167,57 @@ def test_a_plan_for_another_model_is_refused_with_the_difference() -> None:
 def test_same_input_same_plan() -> None:
     budget = int(0.9 * plan_of("layerwise").peak_bytes)
     assert plan_of("layerwise", budget) == plan_of.__wrapped__("layerwise", budget)
+
+
+@pytest.mark.parametrize(("name", "share"), [("hybrid", 1.02), ("resnet", 1.02), ("convolutions", 1.1)])
+def test_checkpoints_in_bfloat16_fit_by_trace_and_give_the_gradients_of_rounding_by_hand(
+    name: str, share: float
+) -> None:
+    """``share``: the budget over the leanest peak."""
+    model, keep_all = networks()[name], plan_of(name, micro_batches=1)
+    assert keep_all.costed is not None
+    budget = round(share * keep_all.costed.front[0][0])
+    plan = plan_of(name, budget, micro_batches=1, stored_precision="bf16")
+    exact = plan_of(name, budget, micro_batches=1)
+    waiting = [s.index for s in plan.program.instructions if isinstance(s, Offload) and s.to == "bfloat16"]
+    assert waiting, plan.program.table()
+    assert plan.peak_bytes <= budget
+    assert plan.step_seconds < exact.step_seconds
+    assert not any(isinstance(step, Offload) for step in exact.program.instructions)
+    trace = trace_step(model, input_shape=SHAPE, batch_size=8, wrap=lambda module: edgetrain.wrap(module, plan))
+    assert edgetrain.memory.timeline(trace, "cpu").peak_bytes == plan.peak_bytes
+
+    assert Plan.from_json(plan.to_json()) == plan
+    assert 1e4 <= min(plan.snrs) <= 1 / BFLOAT16_NSR * (1 + 1e-9)
+    assert all(f"z[{i}] waits in bfloat16" in plan.reasons[i] for i in waiting)
+    starts = [plan.modes[i] for i in rounded_in(plan.program)]
+    assert any(mode.startswith("invert") for mode in starts) == (name == "hybrid")  # a run from a rounded anchor
+    assert "waits in bfloat16" in plan.explain()
+
+    def step() -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        net = copy.deepcopy(model).double()
+        x, labels = torch.randn(8, *SHAPE, dtype=torch.double), torch.randint(0, 10, (8,))
+        F.cross_entropy(edgetrain.wrap(net, plan)(x), labels).backward()
+        return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+    found = step()
+    with by_hand() as indices:
+        expected = step()
+    assert sorted(indices) == sorted(waiting)
+    for parameter, gradient in expected.items():
+        scale = gradient.abs().max().clamp_min(1e-12)
+        assert float((found[parameter] - gradient).abs().max() / scale) < 1e-10, parameter
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stored_precision": "int8"}, "pass bf16"),
+        ({"stored_precision": "bf16", "precision": "bf16"}, "leave --stored-precision out"),
+        ({"stored_precision": "bf16", "snr_limit": 2e5}, "at most 196608"),
+    ],
+)
+def test_a_stored_precision_that_gains_nothing_or_is_too_noisy_is_refused(options: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        edgetrain.plan(networks()["resnet"], input_shape=SHAPE, batch_size=8, device="rpi5-4gb", **options)
