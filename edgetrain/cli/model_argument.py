@@ -11,27 +11,36 @@ from typing import Any
 
 from torch import nn
 
+from edgetrain.chain import freeze
 from edgetrain.errors import EdgetrainError, ModelError, UsageError
 from edgetrain.models import create_model
 from edgetrain.targets.memory import says_out_of_memory
 
 
-def model_maker(spec: str, *, num_classes: int | None, in_channels: int) -> Callable[[], nn.Module]:
+def model_maker(spec: str, *, num_classes: int | None, in_channels: int, frozen: int = 0) -> Callable[[], nn.Module]:
     """A function that makes the network ``spec`` names, with fresh weights.
 
     A function of the user's is called with ``num_classes`` and ``in_channels`` if it takes them.
 
     Args:
         num_classes: None leaves the number to the model.
+        frozen: leading blocks that are not trained, :func:`edgetrain.freeze`.
 
     Raises:
         UsageError: nothing has that name, or what it gives is no module.
     """
     offered = {"in_channels": in_channels} | ({} if num_classes is None else {"num_classes": num_classes})
-    if ":" not in spec:
-        return functools.partial(create_model, spec, **offered)
-    _load(spec)
-    return functools.partial(_call, spec, offered)
+    make: Callable[[], nn.Module]
+    if ":" in spec:
+        _load(spec)
+        make = functools.partial(_call, spec, offered)
+    else:
+        make = functools.partial(create_model, spec, **offered)
+    return functools.partial(_frozen, make, frozen) if frozen else make
+
+
+def _frozen(make: Callable[[], nn.Module], blocks: int) -> nn.Module:
+    return freeze(make(), blocks)
 
 
 def _load(spec: str) -> Callable[..., Any]:

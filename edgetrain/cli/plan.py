@@ -35,6 +35,9 @@ def plan(
         typer.Option("--allow-ghost-batchnorm", help="Allow parts although batch norm then sees other statistics."),
     ] = False,
     snr_limit: Annotated[float, typer.Option(help="Least signal over noise of an inverted activation.")] = 1e4,
+    freeze: Annotated[
+        int, typer.Option(min=0, help="Leading blocks that are not trained and run in evaluation mode.")
+    ] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Of the weights, whose noise is measured.")] = 0,
     explain: Annotated[
         bool, typer.Option("--explain", help="Every block's mode and reason, and what was rejected.")
@@ -51,7 +54,7 @@ def plan(
 
     torch.manual_seed(seed)
     shape = parse_shape(input_shape)
-    net = model_maker(model, num_classes=num_classes or None, in_channels=shape[0])()
+    net = model_maker(model, num_classes=num_classes or None, in_channels=shape[0], frozen=freeze)()
     found = make_plan(
         net,
         input_shape=shape,

@@ -37,6 +37,9 @@ def train(
     update_in_backward: Annotated[
         bool, typer.Option("--update-in-backward", help="A plan that steps the optimiser block by block.")
     ] = False,
+    freeze: Annotated[
+        int, typer.Option(min=0, help="Leading blocks that are not trained and run in evaluation mode.")
+    ] = 0,
     image_size: Annotated[int | None, typer.Option(min=8, help="Side in pixels; images are resized.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak rate; default 0.4 per 512 samples.")] = None,
     limit_train: Annotated[int | None, typer.Option(min=1, help="Use that many training images.")] = None,
@@ -56,6 +59,7 @@ def train(
         mode=mode,
         plan_file=plan,
         update_in_backward=update_in_backward,
+        freeze=freeze,
         image_size=image_size,
         learning_rate=learning_rate,
         limit_train=limit_train,
@@ -108,6 +112,7 @@ def run_training(
     mode: str,
     plan_file: Path | None = None,
     update_in_backward: bool = False,
+    freeze: int = 0,
     image_size: int | None,
     learning_rate: float | None,
     limit_train: int | None,
@@ -149,7 +154,7 @@ def run_training(
         if not error.found.endswith("has no test split"):
             raise
         test_source = None
-    make_model = model_maker(model, num_classes=len(source.classes), in_channels=source.channels)
+    make_model = model_maker(model, num_classes=len(source.classes), in_channels=source.channels, frozen=freeze)
     side = image_size or default_image_size(source)
     input_shape = (source.channels, side, side)
     batch_size = min(batch_size, len(source))
