@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from edgetrain import chain, export, memory, models, nn, planner, runtime, train
+    from edgetrain.chain import freeze
     from edgetrain.export import export_onnx
     from edgetrain.memory import Estimate, estimate
     from edgetrain.models import create_model
@@ -24,6 +25,7 @@ _HOMES = {
     "Estimate": "edgetrain.memory",
     "estimate": "edgetrain.memory",
     "export_onnx": "edgetrain.export",
+    "freeze": "edgetrain.chain",
     "Plan": "edgetrain.planner",
     "plan": "edgetrain.planner",
     "Trainer": "edgetrain.train",
@@ -44,6 +46,7 @@ __all__ = [
     "estimate",
     "export",
     "export_onnx",
+    "freeze",
     "memory",
     "models",
     "nn",

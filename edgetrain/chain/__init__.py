@@ -1,6 +1,7 @@
 """Models as chains of blocks, and the noise of inverting them."""
 
-from edgetrain.chain.chain import MODES, Block, Chain, Mode, State, chain_of, restore_state, saved_state
+from edgetrain.chain.chain import MODES, Block, Chain, Mode, State, chain_of, parts_of, restore_state, saved_state
+from edgetrain.chain.freezing import freeze
 from edgetrain.chain.measure_noise import measure_noise
 from edgetrain.chain.noise import BFLOAT16_NSR, BlockNoise, Noise, Way
 from edgetrain.chain.sampling import Keep, SampledNetwork, Stage
@@ -19,7 +20,9 @@ __all__ = [
     "State",
     "Way",
     "chain_of",
+    "freeze",
     "measure_noise",
+    "parts_of",
     "restore_state",
     "saved_state",
 ]

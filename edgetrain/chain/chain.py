@@ -2,8 +2,10 @@
 
 Nested ``torch.nn.Sequential`` containers are opened, a block for each module inside; any other module is cut where
 one tensor alone is alive (:mod:`edgetrain.chain.cutting`). What cannot be cut is one block and says why. An
-activation that works in place belongs to the block whose output it overwrites. What a block can do in
-place of storing its activations follows from what it is; each refusal carries its reason.
+activation that works in place belongs to the block whose output it overwrites. Leading modules whose parameters are all
+frozen belong to the first block that is trained: nothing asks for a gradient below it, so none is computed and nothing
+is stored for one. What a block can do in place of storing its activations follows from what it is; each refusal carries
+its reason.
 """
 
 from __future__ import annotations
@@ -165,17 +167,13 @@ def restore_state(state: State) -> None:
 
 
 def _blocks(model: nn.Module) -> Iterator[Block]:
-    cutter, notes, names = Cutter(model), dict[Note, Any](), dict[str, int]()
-    parts: list[_Part] = []
-    for path in _leaves("", model):
-        for group in cutter.groups(path):
-            parts.append(_part(model, group, notes))
-            if parts[-1].overwrites:
-                _join_last(parts)
-    for i, part in enumerate(parts):
+    names: dict[str, int] = {}
+    for i, part in enumerate(_join_frozen(parts_of(model))):
         names[part.name] = names.get(part.name, 0) + 1
         name = part.name if names[part.name] == 1 else f"{part.name}#{names[part.name]}"
         refusals = _refusals(part.module)
+        if part.frozen:
+            refusals["selective"] = "its frozen modules need no results for a gradient"
         if i == 0 and part.overwrites:
             refusals["recompute"] = "it overwrites its input, from which it would be recomputed"
             refusals.setdefault("selective", refusals["recompute"])
@@ -183,18 +181,39 @@ def _blocks(model: nn.Module) -> Iterator[Block]:
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
+    """A block before the frozen ones are joined.
+
+    Attributes:
+        overwrites: whether it writes to the memory of its input; ``fresh``: whether it begins in memory of its own.
+        uncut: as in :class:`Block`.
+        frozen: whether it begins with modules that are not trained.
+    """
+
     name: str
     module: nn.Module
     overwrites: bool
     fresh: bool
     uncut: str | None
+    frozen: bool = False
 
 
-def _part(model: nn.Module, group: tuple[Piece, ...], notes: dict[Note, Any]) -> _Part:
+def parts_of(model: nn.Module) -> list[Part]:
+    """The blocks of ``model`` as they are where everything is trained."""
+    cutter, notes = Cutter(model), dict[Note, Any]()
+    parts: list[Part] = []
+    for path in _leaves("", model):
+        for group in cutter.groups(path):
+            parts.append(_part(model, group, notes))
+            if parts[-1].overwrites:
+                _join_last(parts)
+    return parts
+
+
+def _part(model: nn.Module, group: tuple[Piece, ...], notes: dict[Note, Any]) -> Part:
     only = group[0].module if len(group) == 1 else None
     module = Segment(model, [step for piece in group for step in piece.steps], notes) if only is None else None
-    return _Part(
+    return Part(
         name_of(model, group),
         model.get_submodule(only) if module is None and only is not None else module or model,
         _overwrites(group),
@@ -211,12 +230,12 @@ def _overwrites(group: tuple[Piece, ...]) -> bool:
     return False
 
 
-def _join_last(parts: list[_Part]) -> None:
+def _join_last(parts: list[Part]) -> None:
     """Joins the last part to the one whose memory it overwrites, and to all between."""
     while len(parts) > 1 and parts[-1].overwrites:
         last, before = parts.pop(), parts.pop()
         parts.append(
-            _Part(
+            Part(
                 f"{before.name}+{last.name.rpartition('.')[2]}",
                 nn.Sequential(before.module, last.module),
                 before.overwrites or not before.fresh,
@@ -224,6 +243,23 @@ def _join_last(parts: list[_Part]) -> None:
                 before.uncut or last.uncut,
             )
         )
+
+
+def _join_frozen(parts: list[Part]) -> list[Part]:
+    """Joins leading parts without anything to train, where something is frozen in them, to the next."""
+    trained = next((i for i, part in enumerate(parts) if any(p.requires_grad for p in part.module.parameters())), 0)
+    first = parts[: trained + 1]
+    if not any(True for part in first[:-1] for _ in part.module.parameters()):
+        return parts
+    joined = Part(
+        f"{first[0].name}..{first[-1].name}",
+        nn.Sequential(*(part.module for part in first)),
+        first[0].overwrites,
+        any(part.fresh for part in first),
+        next((part.uncut for part in first if part.uncut), None),
+        frozen=True,
+    )
+    return [joined, *parts[trained + 1 :]]
 
 
 def _leaves(path: str, module: nn.Module) -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from edgetrain.chain import SampledNetwork
+from edgetrain.chain import SampledNetwork, freeze
 from edgetrain.errors import EdgetrainError, ModelError, UsageError
 from edgetrain.models import create_model, pooling_letters, pooling_sequences
 from edgetrain.targets.memory import says_out_of_memory
@@ -33,7 +33,7 @@ def _sampled(
 
 
 def model_maker(
-    spec: str, *, num_classes: int | None, in_channels: int, pooling: str | None = None
+    spec: str, *, num_classes: int | None, in_channels: int, pooling: str | None = None, frozen: int = 0
 ) -> Callable[[], nn.Module]:
     """A function that makes the network ``spec`` names, with fresh weights.
 
@@ -42,6 +42,7 @@ def model_maker(
     Args:
         num_classes: None leaves the number to the model.
         pooling: sequence of a network of the zoo, a letter for each: ``ccb``; None leaves it to the model.
+        frozen: leading blocks that are not trained, :func:`edgetrain.freeze`.
 
     Raises:
         UsageError: nothing has that name, what it gives is no module, or its pooling cannot be chosen.
@@ -51,10 +52,17 @@ def model_maker(
     )
     if pooling is not None:
         offered["pooling"] = parse_pooling(spec, pooling)
-    if ":" not in spec:
-        return functools.partial(create_model, spec, **offered)
-    _load(spec)
-    return functools.partial(_call, spec, offered)
+    make: Callable[[], nn.Module]
+    if ":" in spec:
+        _load(spec)
+        make = functools.partial(_call, spec, offered)
+    else:
+        make = functools.partial(create_model, spec, **offered)
+    return functools.partial(_frozen, make, frozen) if frozen else make
+
+
+def _frozen(make: Callable[[], nn.Module], blocks: int) -> nn.Module:
+    return freeze(make(), blocks)
 
 
 def parse_pooling(name: str, letters: str) -> tuple[str, ...]:

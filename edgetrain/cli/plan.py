@@ -53,6 +53,9 @@ def plan(
         str | None,
         typer.Option(help="Residual modules of each stage that run in a step, 1/2 or 5,4,4; changes training."),
     ] = None,
+    freeze: Annotated[
+        int, typer.Option(min=0, help="Leading blocks that are not trained and run in evaluation mode.")
+    ] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Of the weights, whose noise is measured.")] = 0,
     explain: Annotated[
         bool, typer.Option("--explain", help="Every block's mode and reason, and what was rejected.")
@@ -86,11 +89,12 @@ def plan(
     found: Plan | PlanFromScratch
     net = None
     if from_scratch:
-        for option, given in (("--pooling", pooling), ("--sample-modules", sample_modules)):
+        others = {"--pooling": pooling, "--sample-modules": sample_modules, "--freeze": freeze or None}
+        for option, given in others.items():
             if given is not None:
                 raise UsageError(
                     found=f"{option} with --from-scratch",
-                    expected="one of them: it chooses the pooling sequence of networks that have no residual modules",
+                    expected="one of them: --from-scratch chooses the pooling sequence of a whole new network",
                     action="leave one out",
                 )
         found = plan_from_scratch(
@@ -103,7 +107,9 @@ def plan(
         best = found.plan
     else:
         torch.manual_seed(seed)
-        make_model = model_maker(model, num_classes=num_classes or None, in_channels=shape[0], pooling=pooling)
+        make_model = model_maker(
+            model, num_classes=num_classes or None, in_channels=shape[0], pooling=pooling, frozen=freeze
+        )
         net = sampled_maker(make_model, sample_modules, input_shape=shape, seed=seed)()
         found = best = make_plan(net, **arguments)
     if out is not None:

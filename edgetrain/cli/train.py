@@ -48,6 +48,9 @@ def train(
         str | None,
         typer.Option(help="Residual modules of each stage that run in a step, 1/2 or 5,4,4; changes training."),
     ] = None,
+    freeze: Annotated[
+        int, typer.Option(min=0, help="Leading blocks that are not trained and run in evaluation mode.")
+    ] = 0,
     image_size: Annotated[int | None, typer.Option(min=8, help="Side in pixels; images are resized.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak rate; default 0.4 per 512 samples.")] = None,
     limit_train: Annotated[int | None, typer.Option(min=1, help="Use that many training images.")] = None,
@@ -69,6 +72,7 @@ def train(
         plan_file=plan,
         update_in_backward=update_in_backward,
         sample_modules=sample_modules,
+        freeze=freeze,
         image_size=image_size,
         learning_rate=learning_rate,
         limit_train=limit_train,
@@ -123,6 +127,7 @@ def run_training(
     plan_file: Path | None = None,
     update_in_backward: bool = False,
     sample_modules: str | None = None,
+    freeze: int = 0,
     image_size: int | None,
     learning_rate: float | None,
     limit_train: int | None,
@@ -164,7 +169,9 @@ def run_training(
         if not error.found.endswith("has no test split"):
             raise
         test_source = None
-    make_model = model_maker(model, num_classes=len(source.classes), in_channels=source.channels, pooling=pooling)
+    make_model = model_maker(
+        model, num_classes=len(source.classes), in_channels=source.channels, pooling=pooling, frozen=freeze
+    )
     side = image_size or default_image_size(source)
     input_shape = (source.channels, side, side)
     batch_size = min(batch_size, len(source))

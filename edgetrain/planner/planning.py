@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 
@@ -144,9 +144,9 @@ class Planner:
         self.model, self.input_shape, self.batch_size = model, input_shape, batch_size
         self.place, self.precision, self.updates_in_backward = Place.of(device), precision, update_in_backward
         self._optimizer, self._loss, self._times = optimizer, loss, times
-        chain = chain_of(model)
-        chain.shapes((batch_size, *input_shape))  # names the block that does not take its input
-        self._blocks = chain.blocks
+        self._chain = chain_of(model)
+        self.shapes(input_shape)  # names the block that does not take its input
+        self._blocks = self._chain.blocks
         self._few = allow_ghost_batchnorm
         self._counts = micro_batch_counts(model, batch_size, micro_batches, allow_ghost_batchnorm=self._few)
         if update_in_backward:
@@ -159,6 +159,21 @@ class Planner:
             self._counts = (1,)
         if noise is None and any(isinstance(block.module, Invertible) for block in self._blocks):
             noise = probed_noise(model, input_shape)
+        self.arguments: dict[str, Any] = {
+            "input_shape": input_shape,
+            "batch_size": batch_size,
+            "device": device,
+            "optimizer": optimizer,
+            "precision": precision,
+            "loss": loss,
+            "update_in_backward": update_in_backward,
+            "micro_batches": micro_batches,
+            "allow_ghost_batchnorm": allow_ghost_batchnorm,
+            "snr_limit": snr_limit,
+            "noise": noise,
+            "stored_precision": stored_precision,
+        }
+        self._any_times: Times | None = None
         self._noise = None if noise is None else noise.in_dtype(DTYPES[precision])
         self._reach = self._rounded_reach = None
         if self._noise is not None:
@@ -235,13 +250,36 @@ class Planner:
 
     def needed(self) -> tuple[int, int]:
         """Bytes that the leanest step needs of the device, and its number of micro-batches."""
-        found = []
-        for candidate, count in self._leanest():
-            peak = self._whole(candidate, count).peak_bytes
-            reserved = self._reserved_bytes(candidate)
-            # gradients that stay from part to part
-            found.append((max(peak, (reserved or 0) + peak - candidate.peak_bytes), count))
-        return min(found)
+        return min((self._need(count), count) for count in self._counts)
+
+    def fits(self, budget_bytes: int) -> bool:
+        """Whether :meth:`plan` finds something, asked of the fewest and the most micro-batches alone."""
+        return any(self._need(count) <= budget_bytes for count in {self._counts[-1], self._counts[0]})
+
+    def changed(self, model: nn.Module | None = None, **changes: Any) -> Planner:
+        """A planner with other arguments, to ask whether something fits.
+
+        Args:
+            model: None: the same; or with blocks frozen.
+            changes: arguments as of :class:`Planner`. Little is measured but bytes: the noise of the same model is
+                taken over, and of the seconds only that there are some.
+        """
+        if model is not None:
+            changes["noise"] = None  # its blocks may be others
+        other = Planner(self.model if model is None else model, **{**self.arguments, **changes})
+        other._any_times = next((times for _, times in self._searches.values()), self._any_times)
+        return other
+
+    def shapes(self, input_shape: tuple[int, int, int]) -> tuple[tuple[int, ...], ...]:
+        """Shapes of z[0] ... z[L] for samples of ``input_shape``; raises ModelError where the model refuses them."""
+        return self._chain.shapes((self.batch_size, *input_shape))
+
+    def _need(self, count: int) -> int:
+        """Bytes that the leanest step of ``count`` micro-batches needs of the device."""
+        candidate = self._search(self.batch_size // count)[0].least()
+        peak = self._whole(candidate, count).peak_bytes
+        reserved = self._reserved_bytes(candidate)
+        return max(peak, (reserved or 0) + peak - candidate.peak_bytes)  # gradients that stay from part to part
 
     def _leanest(self) -> list[tuple[Candidate, int]]:
         return [(self._search(self.batch_size // n)[0].least(), n) for n in self._counts]
@@ -260,36 +298,29 @@ class Planner:
             )
         return self._costs[samples]
 
-    def least_bytes(self, samples: int, *, update_in_backward: bool | None = None) -> int:
-        """Smallest peak of any plan for a batch of ``samples``; how long it takes does not matter."""
-        some = next(iter(self._searches.values()))[1]
-        updates = self.updates_in_backward if update_in_backward is None else update_in_backward
-        times = replace(some, shapes=self.costs(samples).shapes)
-        return self._make_search(samples, times, updates).least().peak_bytes
-
     def _search(self, samples: int) -> tuple[Search, Times]:
         if samples not in self._searches:
             times = self._times_of(self.costs(samples))
-            self._searches[samples] = self._make_search(samples, times, self.updates_in_backward), times
+            search = Search(
+                self._blocks,
+                self.costs(samples),
+                times,
+                reach=self._reach,
+                rounded_reach=self._rounded_reach,
+                offload=self.place.offload,
+                stored_bfloat16=self._stored == "bf16",
+                update_in_backward=self.updates_in_backward,
+            )
+            self._searches[samples] = search, times
         return self._searches[samples]
-
-    def _make_search(self, samples: int, times: Times, update_in_backward: bool) -> Search:
-        return Search(
-            self._blocks,
-            self.costs(samples),
-            times,
-            reach=self._reach,
-            rounded_reach=self._rounded_reach,
-            offload=self.place.offload,
-            stored_bfloat16=self._stored == "bf16",
-            update_in_backward=update_in_backward,
-        )
 
     def _times_of(self, costs: Costs) -> Times:
         if self._times is not None and self._times.shapes == costs.shapes:
             return self._times
         if self.place.profile is not None:
             return predicted_times(costs, self.place.profile, self.precision)
+        if self._any_times is not None:
+            return replace(self._any_times, shapes=costs.shapes, blocks=self._any_times.blocks[-len(costs.blocks) :])
         return measured_times(
             self.model,
             input_shape=self.input_shape,
@@ -312,14 +343,16 @@ class Planner:
         standing = self.costs(samples).gradient_bytes if count > 1 else 0
         limit = search.uniform["keep_all"].peak_bytes if budget_bytes is None else budget_bytes - standing
         target = limit
-        for _ in range(_ROUNDS):
-            best = search.under(target)
-            if best is None:
+        for left in reversed(range(_ROUNDS)):
+            best = (search.under(target) if left else None) or search.least()
+            if best.peak_bytes > limit:
                 return None
             reserved = self._reserved_bytes(best)
             if reserved is None or budget_bytes is None or reserved <= limit:
                 whole = self._whole(best, count)
                 return Found(best, whole, count, samples, limit, None if reserved is None else reserved + standing)
+            if best.peak_bytes > target:
+                return None  # not even the leanest
             target = best.peak_bytes - max(1, (reserved - limit) // 4)
         return None
 

@@ -186,7 +186,8 @@ def check_budget(make_model: ModelMaker, budget_bytes: int) -> None:
     torch.set_rng_state(state)
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    needed = 3 * parameters + buffers
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    needed = parameters + 2 * trained + buffers
     if budget_bytes <= needed:
         raise BudgetError(
             found=f"a budget of {format_mib(budget_bytes)}",

@@ -1,0 +1,50 @@
+"""Freezing the first blocks of a network, as in fine-tuning: their weights, and what their batch norms have learned.
+
+A frozen block is not trained, runs in evaluation mode whatever mode its model is in, and changes nothing of itself.
+With live batch norm it would: running statistics drift away from the weights that were trained with them, and the
+batch is seen by layers that cannot adapt. Random layers (dropout) are off as well.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from torch import nn
+
+from edgetrain.chain.chain import parts_of
+from edgetrain.errors import UsageError
+
+
+def freeze(model: nn.Module, blocks: int) -> nn.Module:
+    """Freezes the first ``blocks`` blocks of the chain of ``model``, in place, and gives it back.
+
+    Args:
+        model: any module.
+        blocks: how many, of those that ``edgetrain plan --explain`` lists where nothing is frozen. Plans are then made
+            as for any other model; the frozen blocks appear in them as one with the first that is trained.
+
+    Raises:
+        UsageError: a negative number, or nothing is left to train.
+    """
+    parts = parts_of(model)
+    chosen = [part.module for part in parts[: max(0, blocks)]]
+    frozen = {parameter for module in chosen for parameter in module.parameters()}
+    if blocks < 0 or not any(p.requires_grad and p not in frozen for p in model.parameters()):
+        raise UsageError(
+            found=f"{blocks} frozen blocks of {len(parts)}",
+            expected="a number from 0 that leaves something to train",
+            action="freeze fewer blocks",
+        )
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    # a module that a trained block has too stays as it is
+    trained = {module for part in parts[len(chosen) :] for module in part.module.modules()}
+    for module in {inner for top in chosen for inner in top.modules()} - trained:
+        module.eval()
+        vars(module)["train"] = functools.partial(_unmoved, module)
+    return model
+
+
+def _unmoved(module: nn.Module, mode: bool = True) -> nn.Module:
+    """In the place of ``module.train``."""
+    return module
