@@ -34,7 +34,6 @@ from timm_networks import create
 from torch import nn
 
 import edgetrain
-from edgetrain.errors import BudgetError
 from edgetrain.memory import Costs, measured_times
 from edgetrain.planner import Plan, Planner
 
@@ -95,7 +94,7 @@ def rows_of(network: Published, *, seconds: float, rounds: int) -> list[dict[str
         row |= {"keep_all_bytes": keep_all.peak_bytes, "published_overhead": published}
         row["budget_bytes"] = int(fraction * _bytes(keep_all))
         began = time.perf_counter()
-        plan = _plan(planner, row["budget_bytes"])
+        plan = planner.fitting(row["budget_bytes"])
         row["plan_s"] = time.perf_counter() - began
         if plan is not None:
             row |= {"peak_bytes": plan.peak_bytes, "overhead": _seconds(plan) / _seconds(keep_all) - 1}
@@ -122,7 +121,7 @@ def _measured(
         fixed = _fixed(costs)
         budget = int(fixed + part * (_bytes(stored) - fixed))
         row: dict[str, Any] = {"few": network.few, "few_budget_bytes": budget}
-        plan = _plan(planner, budget)
+        plan = planner.fitting(budget)
         if plan is None:
             runners.append(None)
         else:
@@ -147,13 +146,6 @@ def _measured(
 def _planner(model: nn.Module, batch: int, seconds: float) -> Planner:
     times = measured_times(model, input_shape=INPUT, batch_size=batch, optimizer=OPTIMIZER, budget_s=seconds)
     return Planner(model, input_shape=INPUT, batch_size=batch, optimizer=OPTIMIZER, times=times)
-
-
-def _plan(planner: Planner, budget_bytes: int) -> Plan | None:
-    try:
-        return planner.plan(budget_bytes)
-    except BudgetError:
-        return None
 
 
 def _fixed(costs: Costs) -> int:

@@ -35,7 +35,6 @@ from torch.utils.checkpoint import checkpoint_sequential
 
 import edgetrain
 from edgetrain.chain import chain_of
-from edgetrain.errors import BudgetError
 from edgetrain.memory import measure_peak, measured_times
 from edgetrain.memory.step import OPTIMIZERS
 from edgetrain.planner import Planner
@@ -183,11 +182,10 @@ def run(case: Case, rounds: int, *, compile_budgets: list[float]) -> list[dict[s
         row: dict[str, Any] = {"network": case.name, "batch": case.batch, "size": case.size, "budget": fraction}
         row |= {"keep_all_bytes": keep_all.peak_bytes, "budget_bytes": budget, "times_s": times_s}
         began = time.perf_counter()
-        try:
-            plan = planner.plan(budget)
-        except BudgetError as error:
+        plan = planner.fitting(budget)
+        if plan is None:
             plans.append(None)
-            rows.append(row | {"plan_s": time.perf_counter() - began, "infeasible": str(error)})
+            rows.append(row | {"plan_s": time.perf_counter() - began, "infeasible": planner.needed()[0]})
             continue
         row |= {"plan_s": time.perf_counter() - began, "predicted_bytes": plan.peak_bytes}
         row |= {"predicted_s": plan.step_seconds, "summary": ", ".join(plan.summary().splitlines()[:-2])}

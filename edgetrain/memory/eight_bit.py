@@ -11,6 +11,7 @@ and encoded again, so that a step takes up to five times the largest parameter f
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, cast
@@ -41,6 +42,8 @@ state. Weights in another type are one more."""
 def _optimizer(name: str, kind: str, **options: Any) -> Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]:
     def make(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         with _disable_current_modes():  # the tables are computed, also where parameters have no data
+            # its import warns of a kernel for 4 bit inference that it cannot fetch
+            logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
             try:
                 from bitsandbytes import optim
             except ImportError as error:

@@ -30,9 +30,6 @@ from edgetrain.runtime.program import (
 BFLOAT16_BYTES = 2
 """Of one element."""
 
-ANCHOR_BYTES = 4
-"""The scalar on which a wrapped model hangs its step in autograd's graph."""
-
 
 @dataclass(frozen=True, slots=True)
 class Moment:
@@ -99,7 +96,7 @@ def simulate(program: Program, costs: Costs, *, optimizer_bytes: int | None = No
         )
     state = costs.optimizer_bytes if optimizer_bytes is None else optimizer_bytes
     simulator = _Simulator(program, costs, costs.weight_bytes + state)
-    resident = simulator.level - ANCHOR_BYTES
+    resident = simulator.level
     moments = [simulator.run(step) for step in program.instructions]
     if not any(isinstance(step, Update) for step in program.instructions):
         after = resident + costs.gradient_bytes
@@ -141,7 +138,7 @@ class _Held:
 
 class _Simulator:
     def __init__(self, program: Program, costs: Costs, resident_bytes: int) -> None:
-        self._costs = costs
+        self._costs, self._plain = costs, program.is_plain
         self._sizes = [_size(shape) * b for shape, b in zip(program.shapes, costs.element_bytes, strict=True)]
         self._z: dict[int, _Tensor] = {}
         self._g: dict[int, _Tensor] = {}
@@ -150,7 +147,7 @@ class _Simulator:
         self._first: dict[int, str] = {}
         self._offloaded: dict[int, tuple[_Storage, Layout, Place]] = {}
         self._host_bytes = self.host_peak_bytes = 0
-        self.level = self.peak = resident_bytes + self._sizes[0] + ANCHOR_BYTES
+        self.level = self.peak = resident_bytes + self._sizes[0]
         batch = _Storage(self._sizes[0])
         batch.holders, batch.foreign = 1, True
         self._put(self._z, 0, batch, None)
@@ -227,6 +224,8 @@ class _Simulator:
         self._apply(effect, operands)
         operands["dy"].foreign = True
         self._name(effect, operands, self._g, last, "dy")
+        if self._plain and "dy" in effect.kept:  # the function around the chain would hold it to the end
+            self._drop(operands["dy"])
 
     def _backward(self, i: int, how: How) -> None:
         block = self._costs.blocks[i]

@@ -230,7 +230,7 @@ def _observe_head(form: Form, loss: Loss, recorder: Recorder) -> Observation:
         held.clear()
         found.append(Observation(("head", None, None), start, end, recorder.mark(), {"y": number}, {"dy": given}))
 
-    anchor = torch.zeros((), requires_grad=True)
+    anchor = torch.empty(0, requires_grad=True)
     start = recorder.mark()
     with torch.enable_grad():
         value = loss(_Handover.apply(anchor, held, reached))

@@ -49,13 +49,16 @@ class _Run:
 
     Attributes:
         like: shape, type and device of the input of the first block; None where no gradient is asked for.
-        gradient: the one on its way down, there until the block that it goes into is done.
-        arrived: ``gradient`` is the one with respect to the input.
+        gradient: with respect to the output until the graph takes it, then with respect to the input.
     """
 
     like: tuple[torch.Size, torch.dtype, torch.device] | None
     gradient: Tensor | None = None
-    arrived: bool = False
+
+    def take_gradient(self) -> Tensor | None:
+        """Hands it over, so that it goes as soon as it has been used."""
+        gradient, self.gradient = self.gradient, None
+        return gradient
 
 
 @dataclass(slots=True)
@@ -93,14 +96,14 @@ class _Entry(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dx: Tensor) -> tuple[None, None, None]:
-        ctx.run.gradient, ctx.run.arrived = dx, True
+        ctx.run.gradient = dx
         return None, None, None
 
 
 class _Exit(torch.autograd.Function):
-    """Where the graph of several blocks ends: hands in the gradient of the output.
+    """Where a graph ends: hands in the gradient of the output.
 
-    A gradient given to ``torch.autograd.backward`` is held until the whole graph is done, not only its last block.
+    A gradient given to ``torch.autograd.backward`` is held until the whole graph is done.
     """
 
     @staticmethod
@@ -111,13 +114,12 @@ class _Exit(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
-        return ctx.run.gradient, None
+        return ctx.run.take_gradient(), None
 
 
-def _passing(run: _Run, z: dict[int, Tensor], freed: tuple[int, ...], gradient: Tensor) -> None:
-    """Between two blocks of a run: the gradient of the later one goes, and what the program frees there."""
-    run.gradient = gradient
-    for index in freed:
+def _freeing(z: dict[int, Tensor], indices: tuple[int, ...], _: Tensor) -> None:
+    """Between two blocks of a run: what the program frees there."""
+    for index in indices:
         z.pop(index, None)
 
 
@@ -212,11 +214,12 @@ class Execution:
         if not y.requires_grad:
             return
         if i + 1 in self._program.joins:
-            y.register_hook(functools.partial(_passing, run, self._z, self._program.joins[i + 1]))
+            if freed := self._program.joins[i + 1]:
+                y.register_hook(functools.partial(_freeing, self._z, freed))
             graph.last, self._joining = False, (y, run)
             return
         with torch.enable_grad():
-            graph.edge = get_gradient_edge(y if graph.first else _Exit.apply(y, run))
+            graph.edge = get_gradient_edge(_Exit.apply(y, run))
 
     def _is_watched(self, i: int) -> bool:
         """Whether what autograd saves of block i matters: to a block that would overwrite this one's output."""
@@ -260,17 +263,16 @@ class Execution:
         run = graph.run
         if graph.last:
             run.gradient = self._g.pop(i + 1)
-            if graph.edge is not None:
-                given = run.gradient if graph.first else run.gradient.new_empty(0)
-                torch.autograd.backward([graph.edge], [given])
-                del given
+            if graph.edge is None:
+                run.gradient = None
+            else:
+                torch.autograd.backward([graph.edge], [run.gradient.new_empty(0)])
         if not graph.first:
             return
-        gradient, run.gradient = run.gradient, None
-        if run.arrived and gradient is not None:
+        gradient = run.take_gradient()
+        if gradient is not None:
             self._g[i] = gradient
         elif run.like is not None:
-            del gradient
             shape, dtype, device = run.like
             self._g[i] = torch.zeros(shape, dtype=dtype, device=device)
 

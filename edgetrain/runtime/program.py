@@ -125,6 +125,16 @@ class Program:
     instructions: tuple[Instruction, ...]
 
     @functools.cached_property
+    def is_plain(self) -> bool:
+        """Whether every block is stored and nothing else is done: the step of plain autograd."""
+        return all(
+            isinstance(step, Head | Free)
+            or (isinstance(step, Forward) and step.keep == "all")
+            or (isinstance(step, Backward) and step.how == "saved")
+            for step in self.instructions
+        )
+
+    @functools.cached_property
     def joins(self) -> dict[int, tuple[int, ...]]:
         """Blocks that are stored right after the block before and go back right before it: their graphs can be one.
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import edgetrain
+from edgetrain.chain import Mode, chain_of
+from edgetrain.planner import Plan, schedule
 from edgetrain.runtime import Backward, Forward, Free, Head, Instruction, Program, Recompute, Update
 
 
@@ -44,6 +46,25 @@ def test_what_is_joined() -> None:
     assert one_of_two.joins == {}
 
 
+def first_recomputed(model: nn.Module) -> Plan:
+    """The first block by itself, all others stored."""
+    chain = chain_of(model)
+    modes: list[Mode] = ["recompute", *["store"] * (len(chain.blocks) - 1)]  # type: ignore[list-item]
+    program = schedule([block.name for block in chain.blocks], chain.shapes((3, 4)), modes)
+    return Plan(tuple(modes), ("",) * len(modes), program)
+
+
+def test_the_model_itself_runs_where_everything_is_stored() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    plain = edgetrain.uniform_plan(model, "keep_all", input_shape=(4,), batch_size=3)
+    assert plain.program.is_plain
+    y = edgetrain.wrap(model, plain)(torch.randn(3, 4))
+    assert y.grad_fn.name() == "AddmmBackward0"
+    assert not first_recomputed(model).program.is_plain
+    updating = edgetrain.uniform_plan(model, "keep_all", input_shape=(4,), batch_size=3, update_in_backward=True)
+    assert not updating.program.is_plain
+
+
 class Ignoring(nn.Module):
     """Its output does not depend on its input."""
 
@@ -76,8 +97,8 @@ def test_blocks_through_which_no_gradient_goes() -> None:
     for between in (Ignoring(), Detaching(), nn.Identity(), nn.ReLU(inplace=True)):
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), between, nn.Linear(4, 4), nn.Identity()).double()
         x, parameters = torch.randn(3, 4, dtype=torch.float64), list(model.parameters())
-        plan = edgetrain.uniform_plan(model, "keep_all", input_shape=(4,), batch_size=3)
-        assert len(plan.program.joins) == len(plan.program.names) - 1
+        plan = first_recomputed(model)
+        assert len(plan.program.joins) == len(plan.program.names) - 2
         expected = gradients(model, parameters, x)
         for found, wanted in zip(gradients(edgetrain.wrap(model, plan), parameters, x), expected, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
@@ -106,7 +127,7 @@ def test_an_abandoned_step_is_freed_at_once() -> None:
 
     alive: list[weakref.ref[Held]] = []
     model = nn.Sequential(nn.Linear(4, 4), Probing(), nn.Linear(4, 4), Probing(), nn.Linear(4, 4))
-    net = edgetrain.wrap(model, edgetrain.uniform_plan(model, "keep_all", input_shape=(4,), batch_size=3))
+    net = edgetrain.wrap(model, first_recomputed(model))
     gc.disable()
     try:
         y = net(torch.randn(3, 4))
