@@ -11,6 +11,7 @@ The search itself (:mod:`edgetrain.planner.search`) is pure: same numbers, same 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -334,13 +335,20 @@ class Planner:
         """``candidate`` as one of ``count`` micro-batches."""
         samples = self.batch_size // count
         after = sum(block.update for block in self._search(samples)[1].blocks)
-        return at_micro_batches(candidate, count, gradient_bytes=self.costs(samples).gradient_bytes, after=after)
+        return at_micro_batches(candidate, count, standing_bytes=self._standing_bytes(count), after=after)
+
+    def _standing_bytes(self, count: int) -> int:
+        """What stays from one of ``count`` micro-batches to the next: gradients, and the rest of the batch."""
+        if count == 1:
+            return 0
+        costs = self.costs(self.batch_size // count)
+        return costs.gradient_bytes + (count - 1) * math.prod(costs.shapes[0]) * costs.element_bytes[0]
 
     def _fastest(self, count: int, budget_bytes: int | None) -> Found | None:
         """The fastest candidate with ``count`` micro-batches whose peak, and what is reserved for it, fit."""
         samples = self.batch_size // count
         search, _ = self._search(samples)
-        standing = self.costs(samples).gradient_bytes if count > 1 else 0
+        standing = self._standing_bytes(count)
         limit = search.uniform["keep_all"].peak_bytes if budget_bytes is None else budget_bytes - standing
         target = limit
         for left in reversed(range(_ROUNDS)):

@@ -222,15 +222,17 @@ def pareto(candidates: Iterable[AnyPoint]) -> tuple[AnyPoint, ...]:
     return tuple(front)
 
 
-def at_micro_batches(candidate: Candidate, micro_batches: int, *, gradient_bytes: int, after: float) -> Candidate:
+def at_micro_batches(candidate: Candidate, micro_batches: int, *, standing_bytes: int, after: float) -> Candidate:
     """A candidate for a part of the batch, as a step of ``micro_batches`` of them.
 
-    Gradients of all parameters are there from the second part on; the optimiser steps once.
+    Args:
+        standing_bytes: what is there besides: the other parts, and from the second on gradients of all parameters.
+        after: seconds of the optimiser, which steps once.
     """
     if micro_batches == 1:
         return candidate
     return replace(
         candidate,
-        peak_bytes=candidate.peak_bytes + gradient_bytes,
+        peak_bytes=candidate.peak_bytes + standing_bytes,
         seconds=(candidate.seconds - after) * micro_batches + after,
     )

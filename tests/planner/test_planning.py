@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import edgetrain
 from edgetrain.chain import BFLOAT16_NSR
 from edgetrain.errors import BudgetError, ModelError, UsageError
-from edgetrain.memory import Times, measure_costs, predicted_times, trace_step
+from edgetrain.memory import OPTIMIZERS, Times, measure_costs, measure_peak, predicted_times, trace_step
 from edgetrain.memory.rates import OperatorRates
 from edgetrain.planner import Plan
 from edgetrain.planner.reasons import rounded_in
@@ -156,6 +156,26 @@ def test_micro_batches_only_where_they_are_exact_or_asked_for() -> None:
     parts = plan_of("convolutions", int(0.3 * plan_of("convolutions").peak_bytes))
     assert parts.micro_batches > 1
     assert parts.input_shape == (8, *SHAPE)
+
+
+def test_micro_batches_take_what_was_predicted() -> None:
+    plan = plan_of("convolutions", int(0.3 * plan_of("convolutions").peak_bytes))
+    assert plan.micro_batches > 1
+    model = networks()["convolutions"]
+    net = edgetrain.wrap(model, plan)
+    x, labels = torch.randn(plan.input_shape), torch.zeros(plan.input_shape[0], dtype=torch.long)
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+
+    def step() -> None:
+        for images, classes in zip(x.chunk(plan.micro_batches), labels.chunk(plan.micro_batches), strict=True):
+            (F.cross_entropy(net(images), classes) / plan.micro_batches).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # momentum
+    resident = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.parameters(), x))
+    measured = resident + measure_peak(step).allocator_peak_bytes
+    assert measured <= plan.peak_bytes <= 1.1 * measured
 
 
 def test_a_plan_for_another_model_is_refused_with_the_difference() -> None:
