@@ -62,8 +62,8 @@ def command() -> str:
     """The command line that made this result, where to write it left out."""
     words, skip = [], False
     for word in sys.argv[1:]:
-        if skip or word in ("--out", "--keep", "--json"):
-            skip = word in ("--out", "--keep")
+        if skip or word in ("--out", "--keep", "--onto", "--json"):
+            skip = word in ("--out", "--keep", "--onto")
             continue
         # a path of this machine says nothing elsewhere: its last part does
         words.append(Path(word).name if word.startswith(("/", "..")) else word)

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from environment import KeptRows, publish
+from environment import KeptRows, publish, versions
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint_sequential
 
@@ -261,6 +261,7 @@ def main() -> None:
     parser.add_argument("--compile", nargs="*", type=float, default=[], help="budgets for torch.compile, like 0.5")
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     parser.add_argument("--out", type=Path, help="write the JSON document to this file too")
+    parser.add_argument("--onto", type=Path, help="with --networks: the others' lines are those of this result")
     parser.add_argument("--keep", type=Path, help="keep every network's lines in this file too, and go on from there")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -270,16 +271,20 @@ def main() -> None:
         return
     stream = sys.stderr if arguments.json else sys.stdout
     kept = KeptRows(arguments.keep)
+    commit = versions()["edgetrain"]
+    base = {"rows": []} if arguments.onto is None else json.loads(arguments.onto.read_text())
+    others = [{"commit": base["versions"]["edgetrain"], **row} for row in base["rows"]]
     rows: list[dict[str, Any]] = []
     for case in CASES:
         if arguments.networks and case.name not in arguments.networks:
+            rows += [row for row in others if row["network"] == case.name]
             continue
         key = json.dumps([vars(case), arguments.rounds, arguments.compile])
         known = kept.get(key)
         found = _in_fresh_process(case, arguments) if known is None else known["rows"]
         if known is None:
             kept.add(key, {"rows": found})
-        rows += found
+        rows += [row | {"commit": commit} for row in found]
         for row in found:
             print(line(row), file=stream, flush=True)
     publish(rows, out=arguments.out, as_json=arguments.json, seed=0)

@@ -146,7 +146,13 @@ def planner() -> str:
         ratio = "" if row["over_peer"] is None else f"{row['over_peer']:.2f}"
         peak = f"{row['peak_bytes'] / 2**20:.0f} MiB"
         lines.append(f"{head} | {peak} | {row['over_keep_all']:.2f} | {peer} | {ratio} |")
-    return "\n".join([*lines, "", provenance(document)])
+    earlier: dict[str, list[str]] = {}
+    for row in document["rows"]:
+        commit = row.get("commit", document["versions"]["edgetrain"])
+        if commit != document["versions"]["edgetrain"] and row["network"] not in earlier.setdefault(commit, []):
+            earlier[commit].append(row["network"])
+    others = "".join(f"; {', '.join(names)}: commit {commit}" for commit, names in earlier.items())
+    return "\n".join([*lines, "", provenance(document) + others])
 
 
 def monet() -> str:
