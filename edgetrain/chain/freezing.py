@@ -2,7 +2,8 @@
 
 A frozen block is not trained, runs in evaluation mode whatever mode its model is in, and changes nothing of itself.
 With live batch norm it would: running statistics drift away from the weights that were trained with them, and the
-batch is seen by layers that cannot adapt. Random layers (dropout) are off as well.
+batch is seen by layers that cannot adapt. Random layers (dropout) are off as well; what a ``forward`` that was cut does
+by itself according to ``self.training``, such as ``F.dropout``, follows the mode of its own module.
 """
 
 from __future__ import annotations
@@ -20,15 +21,18 @@ def freeze(model: nn.Module, blocks: int) -> nn.Module:
 
     Args:
         model: any module.
-        blocks: how many, of those that ``edgetrain plan --explain`` lists where nothing is frozen. Plans are then made
-            as for any other model; the frozen blocks appear in them as one with the first that is trained.
+        blocks: how many, of those that ``edgetrain plan --explain`` lists where nothing is frozen or sampled. Plans are
+            then made as for any other model; the frozen blocks appear in them as one with the first that is trained.
+            Weights and modules that a later block has too stay as they are.
 
     Raises:
         UsageError: a negative number, or nothing is left to train.
     """
     parts = parts_of(model)
     chosen = [part.module for part in parts[: max(0, blocks)]]
-    frozen = {parameter for module in chosen for parameter in module.parameters()}
+    kept = [part.module for part in parts[len(chosen) :]]
+    shared = {parameter for module in kept for parameter in module.parameters()}
+    frozen = {parameter for module in chosen for parameter in module.parameters()} - shared
     if blocks < 0 or not any(p.requires_grad and p not in frozen for p in model.parameters()):
         raise UsageError(
             found=f"{blocks} frozen blocks of {len(parts)}",
@@ -37,12 +41,16 @@ def freeze(model: nn.Module, blocks: int) -> nn.Module:
         )
     for parameter in frozen:
         parameter.requires_grad_(False)
-    # a module that a trained block has too stays as it is
-    trained = {module for part in parts[len(chosen) :] for module in part.module.modules()}
+    trained = {inner for module in kept for inner in module.modules()}
     for module in {inner for top in chosen for inner in top.modules()} - trained:
         module.eval()
         vars(module)["train"] = functools.partial(_unmoved, module)
     return model
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether :func:`freeze` keeps ``module`` in evaluation mode."""
+    return isinstance(vars(module).get("train"), functools.partial)
 
 
 def _unmoved(module: nn.Module, mode: bool = True) -> nn.Module:

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from edgetrain.chain.chain import Block, Drawing, chain_of
+from edgetrain.chain.freezing import is_frozen
 from edgetrain.chain.knowledge import signature
 from edgetrain.errors import ModelError, UsageError
 from edgetrain.nn import InvertibleBatchNorm
@@ -289,7 +290,9 @@ def _scale_output(layer: nn.Module, scale: float) -> None:
 
 @torch.no_grad()
 def _recalibrate(model: nn.Module, images: Iterable[Tensor]) -> None:
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm | InvertibleBatchNorm)]
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm | InvertibleBatchNorm) and not is_frozen(m)]
+    if not norms:
+        return
     momenta, modes = [norm.momentum for norm in norms], [(m, m.training) for m in model.modules()]
     model.eval()
     seen = 0
@@ -306,7 +309,7 @@ def _recalibrate(model: nn.Module, images: Iterable[Tensor]) -> None:
             norm.momentum = momentum
         for module, mode in modes:
             module.training = mode
-    if norms and not seen:
+    if not seen:
         raise UsageError(
             found="no batch to take batch norm's statistics from",
             expected="training data",

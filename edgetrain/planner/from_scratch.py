@@ -246,10 +246,11 @@ def _shortage(pooling: tuple[str, ...], planner: Planner, budget: str | int | No
     limit = planner.limit_bytes(budget)
     assert limit is not None
     error = shortage(planner, limit)
+    letters = pooling_letters(pooling)
     return BudgetError(
         found=error.found,
-        expected=f"{error.expected}, with pooling {pooling_letters(pooling)}, the leanest of {count} sequences",
-        action=error.action,
+        expected=f"{error.expected}, with pooling {letters}, the leanest of {count} sequences",
+        action=f"with --pooling {letters} in the place of --from-scratch: {error.action}",
     )
 
 

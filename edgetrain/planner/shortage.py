@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from edgetrain.chain import freeze, parts_of
+from edgetrain.chain import SampledNetwork, freeze, parts_of
 from edgetrain.errors import BudgetError, EdgetrainError, ModelError
 from edgetrain.planner.samples import mixing_layer, possible_counts
 from edgetrain.units import MIB, format_mib
@@ -44,9 +44,10 @@ def shortage(planner: Planner, budget_bytes: int) -> BudgetError:
 
 
 def _changes(planner: Planner, budget_bytes: int) -> Iterator[str]:
-    def fits(**changes: Any) -> bool:
+    def fits(*, frozen: int = 0, **changes: Any) -> bool:
         with contextlib.suppress(EdgetrainError):  # such as a layer that has no kernel for half precision
-            return planner.changed(**changes).fits(budget_bytes)
+            model = freeze(copy.deepcopy(planner.model), frozen) if frozen else None
+            return planner.changed(model, **changes).fits(budget_bytes)
         return False
 
     given = planner.arguments
@@ -71,7 +72,8 @@ def _changes(planner: Planner, budget_bytes: int) -> Iterator[str]:
     smaller = _largest_input(planner, lambda shape: fits(input_shape=shape))
     if smaller is not None:
         yield f"lower the resolution (--input {'x'.join(map(str, smaller))})"
-    blocks = _fewest_frozen(planner.model, lambda model: fits(model=model))
+    # of a sampled network other blocks are counted: it is frozen first and sampled then
+    blocks = 0 if isinstance(planner.model, SampledNetwork) else _fewest_frozen(planner.model, lambda n: fits(frozen=n))
     if blocks:
         yield f"freeze the first blocks (--freeze {blocks})"
 
@@ -107,11 +109,11 @@ def _largest_input(planner: Planner, fits: Callable[[Shape], bool]) -> Shape | N
     return found
 
 
-def _fewest_frozen(model: nn.Module, fits: Callable[[nn.Module], bool]) -> int:
+def _fewest_frozen(model: nn.Module, fits: Callable[[int], bool]) -> int:
     """The fewest leading blocks without whose training a plan fits; 0 where the last one alone is too much."""
     parts = parts_of(model)
     last = max((i for i, part in enumerate(parts) if any(p.requires_grad for p in part.module.parameters())), default=0)
-    found = bisect.bisect_left(range(1, last + 1), True, key=lambda n: fits(freeze(copy.deepcopy(model), n)))
+    found = bisect.bisect_left(range(1, last + 1), True, key=fits)
     return found + 1 if found < last else 0
 
 

@@ -44,6 +44,7 @@ def peak_bytes(
     """
     model = make_model().to(device)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     peaks = []
     for batch_size in (2, _SMALL, _LARGE):  # the first creates the gradients
         plan = uniform_plan(model, mode, input_shape=input_shape, batch_size=batch_size)
@@ -57,7 +58,7 @@ def peak_bytes(
         measured = measure_peak(step, device=device).allocator_peak_bytes
         peaks.append(measured + 2 * x.numel() * x.element_size())  # the batch itself, decoded and prefetched
     per_sample = (peaks[2] - peaks[1]) / (_LARGE - _SMALL)
-    return 3 * weights + peaks[1] - per_sample * _SMALL, per_sample
+    return weights + 2 * trained + peaks[1] - per_sample * _SMALL, per_sample
 
 
 def advise(

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgetrain.chain import SampledNetwork
 from edgetrain.errors import BudgetError
 from edgetrain.models import create_model
 from edgetrain.nn.slices import SLICE_BYTES
@@ -186,13 +187,16 @@ def check_budget(make_model: ModelMaker, budget_bytes: int) -> None:
     torch.set_rng_state(state)
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    needed = parameters + 2 * trained + buffers
+    drawn = model.drawn if isinstance(model, SampledNetwork) else model  # what has gradients in one step
+    trained = [p.numel() * p.element_size() for p in model.parameters() if p.requires_grad]
+    gradients = sum(p.numel() * p.element_size() for p in drawn.parameters() if p.requires_grad)
+    needed = parameters + sum(trained) + gradients + buffers
     if budget_bytes <= needed:
+        frozen = "" if sum(trained) == parameters else ", some of which are frozen"
         raise BudgetError(
             found=f"a budget of {format_mib(budget_bytes)}",
             expected=f"more than {format_mib(needed)}: weights, gradients and momentum of "
-            f"{sum(p.numel() for p in model.parameters()):,} parameters, before any activation",
+            f"{sum(p.numel() for p in model.parameters()):,} parameters{frozen}, before any activation",
             action=f"raise --budget above {format_mib(needed)} or choose a smaller --model",
         )
 

@@ -7,6 +7,7 @@ its own under the cap (:mod:`edgetrain.train.trial`), and made for less until th
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 
@@ -90,5 +91,6 @@ def planned(
             )
             found = plan if trials.fits(trial(plan)) else None
     del model, planner
+    gc.collect()  # frozen modules refer to themselves
     release_free_memory()
     return found

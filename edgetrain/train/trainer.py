@@ -202,7 +202,11 @@ class Trainer:
         """Inside, the model is one to evaluate; it stays so after the last epoch."""
         if self._sampled is None:
             return contextlib.nullcontext()
-        some = (images.to(self.device) for images, _ in itertools.islice(batches, RECALIBRATION_BATCHES))
+        some = (
+            part.to(self.device)
+            for images, _ in itertools.islice(batches, RECALIBRATION_BATCHES)
+            for part in images.split(-(-len(images) // self.plan.micro_batches))
+        )
         if last:
             self._sampled.finish(some)
             return contextlib.nullcontext()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import edgetrain
-from edgetrain.chain import chain_of
+from edgetrain.chain import SampledNetwork, chain_of
 from edgetrain.cli.main import run
 from edgetrain.errors import ModelError, UsageError
 from edgetrain.memory import measure_costs, predicted_times
@@ -162,3 +162,21 @@ def test_trains_from_the_command_line(tmp_path: Path) -> None:
     state = load_file(tmp_path / "checkpoints" / "last.safetensors")
     steps = [int(value) for name, value in state.items() if name.endswith("num_batches_tracked")]
     assert set(steps) == {0, 4}
+
+
+def test_weights_that_a_later_block_has_too_are_trained() -> None:
+    twice = nn.Linear(4, 4)
+    model = nn.Sequential(nn.Linear(4, 4), twice, nn.ReLU(), twice, nn.Linear(4, 2))
+    edgetrain.freeze(model, 2)
+    assert not any(p.requires_grad for p in model[0].parameters())
+    assert all(p.requires_grad for p in twice.parameters())
+
+
+def test_recalibration_of_a_sampled_network_leaves_frozen_batch_norm_alone() -> None:
+    model = edgetrain.create_model("resnet32", width=4, num_classes=3)
+    edgetrain.freeze(model, 3)
+    before = {name: value.clone() for name, value in model.state_dict().items() if "running" in name}
+    sampled = SampledNetwork(model, "1/2", input_shape=(3, 16, 16))
+    sampled.recalibrate([torch.randn(4, 3, 16, 16) + 1])
+    moved = {name for name, value in model.state_dict().items() if name in before and not value.equal(before[name])}
+    assert moved == {name for name in before if not name.startswith(("stem.", "stage1.0."))}

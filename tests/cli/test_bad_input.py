@@ -213,6 +213,7 @@ def test_ctrl_c_leaves_a_checkpoint(folder: Path):
     assert load_weights(checkpoint, hybrid(in_channels=1, width=8))["step"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the cap needs Linux")
 def test_cap_names_a_batch_size_that_fits():
     arguments = [*DIGITS, "--image-size", "32", "--budget", "20MiB"]

@@ -48,7 +48,7 @@ def test_prints_the_plan_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_checkpoints_wait_in_bfloat16_on_request(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
-    options = ["plan", "resnet20", *SMALL, "--budget", "6.5MiB", "--explain", "--out", str(file)]
+    options = ["plan", "resnet20", *SMALL, "--budget", "6MiB", "--explain", "--out", str(file)]
     assert run(options) == 0
     assert "bfloat16" not in capsys.readouterr().out
     seconds = Plan.from_json(file.read_text()).step_seconds

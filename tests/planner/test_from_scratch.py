@@ -62,7 +62,7 @@ def middle_budget(name: str) -> int:
     return sorted(row.least_bytes for row in found_of(name).sequences)[1] + 1000
 
 
-@pytest.mark.parametrize("name", ["layerwise18", "irevnet18"])
+@pytest.mark.parametrize("name", ["layerwise18", pytest.param("irevnet18", marks=pytest.mark.slow)])
 def test_is_the_best_of_the_sequences_planned_one_by_one(name: str) -> None:
     budget = middle_budget(name)
     found = found_of(name, budget=budget)

@@ -24,6 +24,7 @@ def run(name: str, *arguments: str) -> dict[str, Any]:
     return document
 
 
+@pytest.mark.slow
 def test_snr_depth() -> None:
     rows = run("snr_depth.py", "--seeds", "1")["rows"]
     hybrid = [row["snr"] for row in rows if row["family"] == "hybrid"]
