@@ -108,7 +108,7 @@ def test_the_predicted_peak_is_the_measured_one(place: float) -> None:
     measured = measure_peak(step, setup=step).allocator_peak_bytes
     state = sum(p.nbytes for p in trained)
     resident = state + x.nbytes + sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    assert measured + resident == pytest.approx(plan.peak_bytes, rel=0.01)
+    assert 0.995 <= plan.peak_bytes / (measured + resident) <= 1.01  # what is asked of every prediction
     assert measured < planner(network()).least().peak_bytes - resident
 
 

@@ -111,7 +111,7 @@ def test_gradients_of_a_draw(name: str, mode: Any) -> None:
 
 def step_peak(net: SampledNetwork, wrapped: nn.Module, batch: Tensor, step: int) -> int:
     """Measured peak of one steady step besides what is there when it begins."""
-    optimizer = OPTIMIZERS["sgd"](net.parameter_groups())  # type: ignore[arg-type]
+    optimizer = OPTIMIZERS["sgd"](net.parameter_groups())
     labels = torch.zeros(BATCH, dtype=torch.long)
     for parameter in net.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -304,7 +304,7 @@ def test_a_network_that_is_no_sequence() -> None:
         run.add(index)
         model.zero_grad(set_to_none=True)
         wrapped(x).sum().backward()
-        touched = [any(p.grad is not None for p in block.parameters()) for block in model.blocks]  # type: ignore[union-attr]
+        touched = [any(p.grad is not None for p in block.parameters()) for block in model.blocks]
         assert touched == [index == 0, index == 1]
     assert run == {0, 1}
 

@@ -49,7 +49,7 @@ def test_what_is_joined() -> None:
 def first_recomputed(model: nn.Module) -> Plan:
     """The first block by itself, all others stored."""
     chain = chain_of(model)
-    modes: list[Mode] = ["recompute", *["store"] * (len(chain.blocks) - 1)]  # type: ignore[list-item]
+    modes: list[Mode] = ["recompute", *["store"] * (len(chain.blocks) - 1)]
     program = schedule([block.name for block in chain.blocks], chain.shapes((3, 4)), modes)
     return Plan(tuple(modes), ("",) * len(modes), program)
 
@@ -110,12 +110,12 @@ def test_an_abandoned_step_is_freed_at_once() -> None:
 
         @staticmethod
         def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
-            ctx.probe = probe = Held()  # type: ignore[attr-defined]
+            ctx.probe = probe = Held()
             alive.append(weakref.ref(probe))
             return x.clone()
 
         @staticmethod
-        def backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> Tensor:  # type: ignore[override]
+        def backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> Tensor:
             return dy
 
     class Held:
@@ -123,7 +123,7 @@ def test_an_abandoned_step_is_freed_at_once() -> None:
 
     class Probing(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return Probe.apply(x)  # type: ignore[no-untyped-call, no-any-return]
+            return Probe.apply(x)
 
     alive: list[weakref.ref[Held]] = []
     model = nn.Sequential(nn.Linear(4, 4), Probing(), nn.Linear(4, 4), Probing(), nn.Linear(4, 4))
