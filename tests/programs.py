@@ -83,6 +83,8 @@ class _Writer:
             modes.append(("input", "recompute"))
         if block.allows("selective"):
             modes += [("products", "selective")] * 2
+        if block.allows("invert_selective"):
+            modes += [("products_only", "invert_selective")] * 2
         for how in ("invert", "invert_layerwise"):
             if block.allows(how):
                 modes += [("nothing", how), ("input", how)]

@@ -27,7 +27,7 @@ from edgetrain.chain.segment import Note, Segment, join
 from edgetrain.errors import ModelError
 from edgetrain.nn import Invertible
 
-Mode = Literal["store", "selective", "recompute", "invert", "invert_layerwise"]
+Mode = Literal["store", "selective", "recompute", "invert", "invert_selective", "invert_layerwise"]
 """How a block's backward pass comes by its activations."""
 
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -282,7 +282,9 @@ def _refusals(module: nn.Module) -> dict[Mode, str]:
         refusals["selective"] = "no weights of a convolution or a matrix product, whose results could be kept"
     if not isinstance(module, Invertible):
         reason = f"{type(module).__name__} has no inverse"
-        return {**refusals, "invert": reason, "invert_layerwise": reason}
+        return {**refusals, "invert": reason, "invert_selective": reason, "invert_layerwise": reason}
+    if not module.selective:
+        refusals["invert_selective"] = "no ordinary modules inside whose results could be kept"
     if not module.layerwise:
         refusals["invert_layerwise"] = "the modules inside have no inverse, so their hidden activations must be held"
     return refusals

@@ -9,7 +9,7 @@ NSR = 1/SNR = |noise|^2 / |signal|^2, block by block and as long as noise is sma
 
 The first inversion of a run repeats the operations of the forward pass bit by bit, so that part of their rounding
 cancels: own is up to ten times smaller than rounding. Hidden activations are noisy where they are inverted
-one by one (way ``"invert_layerwise"``); way ``"invert"`` computes them again from z[i]. Above NSR 1 the model is
+one by one (way ``"invert_layerwise"``); the other ways compute them again from z[i]. Above NSR 1 the model is
 too dark: noise larger than the signal grows less. :func:`edgetrain.chain.measure_noise` gives the numbers.
 
 A run may also start from a z[last + 1] that was kept in bfloat16. Its NSR is then :data:`BFLOAT16_NSR`. The prediction
@@ -26,7 +26,7 @@ import torch
 
 from edgetrain.chain.chain import Mode
 
-Way = Literal["invert", "invert_layerwise"]
+Way = Literal["invert", "invert_selective", "invert_layerwise"]
 """The modes that invert."""
 
 BFLOAT16_NSR = torch.finfo(torch.bfloat16).eps ** 2 / 12

@@ -62,6 +62,11 @@ class BlockCosts:
         """Likewise of ``forward products``, for a block that allows it."""
         return self._left_by("forward products")
 
+    @property
+    def products_only_bytes(self) -> int:
+        """Likewise of ``forward products_only``."""
+        return self._left_by("forward products_only")
+
     def _left_by(self, name: str) -> int:
         effect = self.effect((name, None, None))
         return effect.net_bytes - sum(o.nbytes for o in effect.outputs if o.inside is None)

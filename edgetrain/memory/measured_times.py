@@ -220,6 +220,8 @@ def _block_times(seconds: dict[str, float], scale: float) -> BlockTimes:
         forward_in_place=in_place,
         forward_products=scaled("forward_products"),
         backward_selective=scaled("backward_selective"),
+        forward_products_only=scaled("forward_products_only"),
+        backward_invert_selective=scaled("backward_invert_selective"),
     )
 
 

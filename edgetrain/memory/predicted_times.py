@@ -60,6 +60,8 @@ def _block_times(block: BlockCosts, rates: OperatorRates) -> BlockTimes:
         forward_in_place=in_place if block.invertible else None,
         forward_products=seconds("forward products"),
         backward_selective=seconds("backward selective after forward products"),
+        forward_products_only=seconds("forward products_only"),
+        backward_invert_selective=seconds("backward invert_selective after forward products_only"),
     )
 
 

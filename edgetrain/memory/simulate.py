@@ -12,6 +12,8 @@ from edgetrain.errors import ModelError
 from edgetrain.memory.costs import Costs
 from edgetrain.memory.effects import Effect, Layout, Operand, first_pass, key_of
 from edgetrain.runtime.program import (
+    DROPPING,
+    INVERSIONS,
     Backward,
     Fetch,
     Forward,
@@ -188,10 +190,10 @@ class _Simulator:
 
     def _forward(self, i: int, keep: Keep, *, again: bool) -> None:
         block = self._costs.blocks[i]
-        in_place = block.invertible and keep == "nothing"
+        in_place = block.invertible and keep in DROPPING
         if in_place:
             x, layout = self._own(self._z, i), None
-        elif keep == "nothing":
+        elif keep in DROPPING:
             x, layout = self._pop(self._z, i)
         else:
             x, layout = self._z[i]
@@ -203,14 +205,14 @@ class _Simulator:
         effect = block.effect(key)
         operands: _Operands = {"x": x}
         self._apply(effect, operands)
-        if keep in ("all", "products"):
+        if keep in ("all", "products", "products_only"):
             held = {operand: operands[operand] for operand in effect.kept}
             found = _Held(key[0], layout, held, [operands[operand] for operand in effect.noted])
             (self._graphs if keep == "all" else self._products)[i] = found
             for storage in found.noted:
                 storage.noted += 1
         self._name(effect, operands, self._z, i + 1, "y")
-        if keep == "nothing":
+        if keep in DROPPING:
             self._let_go(effect, operands, "x")
 
     def _head(self) -> None:
@@ -249,11 +251,12 @@ class _Simulator:
             operands, taken = {"x": x, "dy": dy}, ("dy",)
         else:
             y, dy = self._own(self._z, i + 1), self._own(self._g, i + 1)
-            effect = block.effect(key_of(f"backward {how}"))
+            after = self._products.pop(i).stored_by if how == "invert_selective" else ""
+            effect = block.effect(key_of(f"backward {how}", after=after))
             operands, taken = {"y": y, "dy": dy}, ("y", "dy")
         self._apply(effect, operands)
         self._name(effect, operands, self._g, i, "dx")
-        if how in ("invert", "invert_layerwise"):
+        if how in INVERSIONS:
             self._name(effect, operands, self._z, i, "x")
         self._let_go(effect, operands, *taken)
 

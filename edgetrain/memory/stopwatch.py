@@ -19,7 +19,7 @@ from edgetrain.memory.step import Loss
 from edgetrain.nn.invertible import Invertible
 from edgetrain.runtime.executor import Execution, Updater
 from edgetrain.runtime.offload import offload
-from edgetrain.runtime.program import Backward, Forward, Head, Place, Program, Update
+from edgetrain.runtime.program import INVERSIONS, Backward, Forward, Head, Place, Program, Update, kept_by
 
 _COPIES = 3
 
@@ -114,10 +114,9 @@ def sequences(block: Block, i: int, *, update: bool) -> list[list[Step]]:
     if block.allows("selective"):
         found.append([Forward(i, "products"), Backward(i, "selective")])
     if isinstance(block.module, Invertible):
-        if block.allows("invert"):
-            found.append([Forward(i, "nothing"), Backward(i, "invert")])
-        if block.allows("invert_layerwise"):
-            found.append([Forward(i, "nothing"), Backward(i, "invert_layerwise")])
+        for how in INVERSIONS:
+            if block.allows(how):
+                found.append([Forward(i, kept_by(how)), Backward(i, how)])
     elif not block.allows("recompute"):
         found.append([Forward(i, "nothing")])
     return found

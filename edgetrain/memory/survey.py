@@ -21,7 +21,7 @@ from edgetrain.memory.fingerprint import fingerprint
 from edgetrain.memory.step import Loss, OptimizerFactory, create_state, update_parameters
 from edgetrain.memory.trace import Recorder
 from edgetrain.nn.invertible import Invertible
-from edgetrain.runtime.program import Backward, Forward, Recompute, Update
+from edgetrain.runtime.program import DROPPING, Backward, Forward, Recompute, Update
 
 
 @dataclass
@@ -117,14 +117,14 @@ class Survey:
         first, stored_by, y = "", "", x
         for step in sequence:
             if isinstance(step, Forward | Recompute):
-                in_place = step.keep == "nothing" and isinstance(block.module, Invertible)
+                in_place = step.keep in DROPPING and isinstance(block.module, Invertible)
                 given = replace(x, layout=None) if in_place else x
                 if isinstance(step, Forward):
                     first = first_pass(step.keep)
                     key = key_of(f"forward {step.keep}", x=given.layout)
                 else:
                     key = key_of(f"recompute {step.keep}", after=first, x=given.layout)
-                if step.keep in ("all", "products"):
+                if step.keep in ("all", "products", "products_only"):
                     stored_by = key[0]
                 seen = bench.observe(key, step, x=given)
                 y = replace(seen.outputs["y"].form, layout=None)
@@ -141,7 +141,8 @@ class Survey:
                     key = key_of(f"backward {step.how}", after=after, x=x_layout, dy=dy_layout)
                     seen = bench.observe(key, step, x=x, dy=dy)
                 else:
-                    seen = bench.observe(key_of(f"backward {step.how}"), step, y=y, dy=y)
+                    after = stored_by if step.how == "invert_selective" else ""
+                    seen = bench.observe(key_of(f"backward {step.how}", after=after), step, y=y, dy=y)
                 kind.gradient_bytes = self._gradient_bytes(i) - before
             elif stepper is not None:
                 seen = bench.observe(key_of("update"), step)
@@ -185,15 +186,19 @@ def _sequences(block: Block, i: int) -> list[list[_Step]]:
     dropping: list[_Step] = [Recompute(i, i, "nothing")]
     storing: list[_Step] = [Recompute(i, i, "all"), Backward(i, "saved")]
     inverting: list[_Step] = [Backward(i, how) for how in ("invert", "invert_layerwise") if block.allows(how)]
+    keeping: list[list[_Step]] = []
+    if block.allows("invert_selective"):
+        inverting += [Recompute(i, i, "products_only"), Backward(i, "invert_selective")]
+        keeping = [[Forward(i, "products_only"), Backward(i, "invert_selective")]]
     stored: list[_Step] = [Forward(i, "all"), Backward(i, "saved"), Update(i)]
     if not block.allows("recompute"):
-        return [stored, [Forward(i, "nothing"), *inverting]]
+        return [stored, *keeping, [Forward(i, "nothing"), *inverting]]
     selecting: list[list[_Step]] = []
     if block.allows("selective"):
         storing += [Recompute(i, i, "products"), Backward(i, "selective")]
         selecting = [[Forward(i, "products"), Backward(i, "selective")]]
     recorded: list[_Step] = [Forward(i, "input"), *from_input, *dropping, *storing, *inverting]
-    return [stored, *selecting, [Forward(i, "nothing")], recorded]
+    return [stored, *selecting, *keeping, [Forward(i, "nothing")], recorded]
 
 
 def _outputs(kind: _Kind, name: Operand) -> tuple[Form, set[Layout]]:

@@ -21,6 +21,7 @@ from edgetrain.runtime.program import (
     Forward,
     Free,
     Head,
+    How,
     Instruction,
     Keep,
     Offload,
@@ -41,6 +42,7 @@ class BlockTimes:
         update: step of the optimiser over this block's parameters, those of earlier blocks left out.
         forward_in_place: keep=nothing of a block that works in the memory of its input; None: as ``forward``.
         forward_products: keep=products.
+        forward_products_only: keep=products_only.
     """
 
     forward: float
@@ -53,6 +55,8 @@ class BlockTimes:
     forward_in_place: float | None = None
     forward_products: float | None = None
     backward_selective: float | None = None
+    forward_products_only: float | None = None
+    backward_invert_selective: float | None = None
 
     def forward_seconds(self, keep: Keep) -> float | None:
         """Of a forward pass."""
@@ -60,7 +64,14 @@ class BlockTimes:
             return self.forward_all
         if keep == "products":
             return self.forward_products
+        if keep == "products_only":
+            return self.forward_products_only
         return self.forward if keep == "input" or self.forward_in_place is None else self.forward_in_place
+
+    def backward_seconds(self, how: How) -> float | None:
+        """Of a backward pass."""
+        seconds: float | None = getattr(self, f"backward_{how}")
+        return seconds
 
 
 @dataclass(frozen=True)
@@ -138,7 +149,7 @@ def instruction_seconds(step: Instruction, times: Times, away: Mapping[int, Plac
             passes = [(i, times.blocks[i].forward_seconds(keep)) for i in range(first, last + 1)]
             return math.fsum(_allowed(seconds, f"recompute {keep}", i) for i, seconds in passes)
         case Backward(block, how):
-            return _allowed(getattr(times.blocks[block], f"backward_{how}"), f"backward {how}", block)
+            return _allowed(times.blocks[block].backward_seconds(how), f"backward {how}", block)
         case Update(block):
             return times.blocks[block].update
         case Offload(index, place):

@@ -39,6 +39,11 @@ class Invertible(nn.Module):
         """Whether :meth:`backward_from_output` inverts hidden activations one by one, holding none of them."""
         return True
 
+    @property
+    def selective(self) -> bool:
+        """Whether :meth:`forward_keeping_products_` can be asked for."""
+        return False
+
     @abstractmethod
     def forward_(self, x: Tensor, *, replay: bool = False) -> Tensor:
         """``y`` computed without autograd in the memory of ``x`` (n, c, h, w).
@@ -46,6 +51,13 @@ class Invertible(nn.Module):
         Args:
             replay: repeat the last forward pass: reuse its statistics, update nothing.
         """
+
+    def forward_keeping_products_(self, x: Tensor, *, replay: bool = False) -> Tensor:
+        """As :meth:`forward_`; what :mod:`edgetrain.nn.selective` keeps of the modules inside stays in :attr:`saved`.
+
+        The next inverse or backward pass takes it from there and computes these products no second time.
+        """
+        raise NotImplementedError(f"{type(self).__name__} keeps no products")
 
     @abstractmethod
     def inverse_(self, y: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from edgetrain.nn.interception import RecordStatistics, ReuseStatistics
 from edgetrain.nn.normalisation import Statistics
+from edgetrain.nn.selective import Products
 
 _Pass = Literal["plain", "first", "again"]
 _pass: ContextVar[_Pass] = ContextVar("edgetrain_pass", default="plain")
@@ -72,7 +73,12 @@ class Replay:
     Args:
         module: any module; it must not change anything but its buffers and the random state.
         device: where it runs; the random state of a CUDA device is recorded besides the CPU's.
+
+    Attributes:
+        products: results that the last pass kept for the next, which takes them.
     """
+
+    products: Products | None
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self._owners = [
@@ -85,6 +91,7 @@ class Replay:
         self._device = device
         self._random = _random_state(device)
         self._statistics: list[Statistics] = []
+        self.products = None
 
     def first(self, run: Callable[[], Tensor]) -> Tensor:
         """The result of ``run``, which calls the module, without autograd; its statistics are recorded."""
@@ -95,13 +102,18 @@ class Replay:
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
         """Inside, a call of the module gives what the first pass gave and leaves no trace."""
+        products, self.products = self.products, None
         after_random = _random_state(self._device)
         after = [owner._buffers[name] for owner, name, _ in self._owners]
         for (owner, name, _), before in zip(self._owners, self._before, strict=True):
             owner._buffers[name] = before.clone()
         _set_random_state(self._device, self._random)
         try:
-            with replaying(), ReuseStatistics(self._statistics):
+            with (
+                replaying(),
+                ReuseStatistics(self._statistics),
+                contextlib.nullcontext() if products is None else products.taking(),
+            ):
                 yield
         finally:
             for (owner, name, _), buffer in zip(self._owners, after, strict=True):

@@ -27,11 +27,13 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from edgetrain.nn.coupling import CouplingStack, check_halves
 from edgetrain.nn.grid import grid_of, with_value
 from edgetrain.nn.invertible import Invertible, Rerun
 from edgetrain.nn.replay import Replay, as_recorded, is_recording, is_replaying, replaying
+from edgetrain.nn.selective import Products
 from edgetrain.nn.slices import batch_slices
 
 
@@ -64,6 +66,13 @@ class ReversibleBlock(Invertible):
         return isinstance(self.f, Invertible) and isinstance(self.g, Invertible)
 
     @property
+    def selective(self) -> bool:
+        """Whether the results of f's and g's products can be kept: both are ordinary modules and one has weights."""
+        if any(isinstance(layer, Invertible) for branch in (self.f, self.g) for layer in branch.modules()):
+            return False
+        return any(is_lazy(p) or p.dim() > 1 for p in self.parameters())
+
+    @property
     def branch_ends(self) -> tuple[str, ...]:
         """Paths of the last layers with parameters in f and in g, on whose scale that of the residuals depends."""
         inside = [
@@ -86,17 +95,11 @@ class ReversibleBlock(Invertible):
             self._check_range(y)
         return y
 
-    @torch.no_grad()
     def forward_(self, x: Tensor, *, replay: bool = False) -> Tensor:
-        check_halves(x.shape[1])
-        if not replay:
-            self.saved = {}
-        x1, x2 = self.rounded_(x).chunk(2, 1)
-        self._add(x1, self._run("f", x2, replay=replay))
-        self._add(x2, self._run("g", x1, replay=replay))
-        if not replay:
-            self._check_range(x)
-        return x
+        return self._forward_(x, replay=replay, keeping=False)
+
+    def forward_keeping_products_(self, x: Tensor, *, replay: bool = False) -> Tensor:
+        return self._forward_(x, replay=replay, keeping=True)
 
     @torch.no_grad()
     def inverse_(self, y: Tensor) -> Tensor:
@@ -114,6 +117,18 @@ class ReversibleBlock(Invertible):
     def rounded_(self, x: Tensor) -> Tensor:
         """``x``, moved to the grid in its own memory if the block is exact."""
         return grid_of(x.dtype).round_(x) if self.exact else x
+
+    @torch.no_grad()
+    def _forward_(self, x: Tensor, *, replay: bool, keeping: bool) -> Tensor:
+        check_halves(x.shape[1])
+        if not replay:
+            self.saved = {}
+        x1, x2 = self.rounded_(x).chunk(2, 1)
+        self._add(x1, self._run("f", x2, replay=replay, keeping=keeping))
+        self._add(x2, self._run("g", x1, replay=replay, keeping=keeping))
+        if not replay:
+            self._check_range(x)
+        return x
 
     @torch.no_grad()
     def _backward(self, y: Tensor, dy: Tensor, *, layerwise: bool) -> tuple[Tensor, Tensor]:
@@ -140,17 +155,26 @@ class ReversibleBlock(Invertible):
         assert gradient is not None
         dx.add_(gradient)
 
-    def _run(self, name: str, x: Tensor, *, replay: bool) -> Tensor:
-        """The residual of a pass in place, not rounded."""
+    def _run(self, name: str, x: Tensor, *, replay: bool, keeping: bool = False) -> Tensor:
+        """The residual of a pass in place, not rounded; ``keeping`` the results of its products for the next."""
         module = self.get_submodule(name)
         if isinstance(module, Invertible):
             return module.forward_(x.clone(memory_format=torch.contiguous_format), replay=replay)
         records, x = self._records(), self._argument(x)
-        if not replay:
+        products = Products() if keeping else None
+
+        def run() -> Tensor:
+            with contextlib.nullcontext() if products is None else products.keeping():
+                return module(x)
+
+        if replay:
+            with records[name].again():
+                residual = run()
+        else:
             records[name] = Replay(module, x.device)
-            return records[name].first(lambda: module(x))
-        with records[name].again():
-            return module(x)
+            residual = records[name].first(run)
+        records[name].products = products
+        return residual
 
     def _residual(self, name: str, x: Tensor) -> Tensor:
         """The residual of ``forward``."""

@@ -11,7 +11,8 @@ least of
     checkpoint  keep z[s], run s..k-1 and keep nothing; best(k, t); best(s, k-1) from z[s]
     offload     the same with z[s] elsewhere meanwhile: none of it in the host's memory, or a part, rounded
     recompute   s = t alone: run it once more from z[s] and go back
-    invert      run s..j in the memory of z[s]; best(j+1, t), which leaves z[j+1]; invert j..s
+    invert      run s..j in the memory of z[s], each block keeping what its way back needs (nothing, or the results of
+                its products); best(j+1, t), which leaves z[j+1]; invert j..s
 
 A run of inversions begins at an exact z[j+1], because inverting adds noise: its length is bounded by
 ``Problem.reach``, so what is stored or recomputed in between is exact and stops the noise.
@@ -33,6 +34,8 @@ The table takes O(L^2 M) memory and O(L^3 M) time for L blocks and M slots, in N
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -41,16 +44,19 @@ import numpy as np
 
 from edgetrain.planner.stages import Away, Problem, Selection, Way
 from edgetrain.runtime.program import (
+    INVERSIONS,
     Backward,
     Fetch,
     Forward,
     Free,
     Head,
     Instruction,
+    Inversion,
     Keep,
     Offload,
     Recompute,
     Update,
+    kept_by,
 )
 
 State = Literal["free", "need", "hold", "near", "free rounded", "need rounded", "hold rounded"]
@@ -71,9 +77,6 @@ _WHEN_ROUNDED: dict[State, State] = {
     "need rounded": "need rounded",
 }
 """The state after z[s] was rounded, where it may be."""
-
-_NEVER = 1e9
-"""Seconds that stand for infeasible where they are summed and subtracted."""
 
 
 @dataclass(frozen=True)
@@ -115,14 +118,23 @@ class Table:
         }
         self._forward = np.cumsum([0.0, *(stage.dropping_seconds for stage in self._stages)])
         self._dropping = self._z[:-1] + np.array([stage.dropping_bytes for stage in self._stages], dtype=np.int64)
-        self._inverting = self._inversion_sums()
+        self._way_slots = self._rounded_ways()
         shape = self._count, self._count + 1, slots + 1
         states = _STATES if problem.rounds else _STATES[:3]
         self._best: dict[State, Array] = {state: np.full(shape, np.inf, dtype=np.float32) for state in states}
+        self._reach: dict[State, tuple[int, ...]] = {"need": problem.reach}
+        if problem.rounds:
+            self._reach["near"] = problem.rounded_reach
+        self._inverted: dict[State, Array] = {end: np.full(shape, np.inf, dtype=np.float32) for end in self._reach}
         for t in range(self._count):
+            runs = {end: np.full((self._count, slots + 1), np.inf, dtype=np.float32) for end in self._reach}
             for s in range(t + 1, -1, -1):
+                for end, rows in runs.items():
+                    self._extend(rows, t, s, end)
                 for state in self._states(s):
                     self._best[state][t, s] = self._cell(t, s, state)
+                for end, rows in runs.items():  # a run may end with block s-1: z[s] is then exact
+                    np.minimum(rows[:s], self._best[end][t, s], out=rows[:s])
 
     def seconds(self, m: int) -> float:
         """Least time of a step with ``m`` slots; infinite where there is none."""
@@ -164,6 +176,12 @@ class Table:
             return [int(x // self.unit_bytes) for x in exact]
         ends = np.rint(np.cumsum([0.0, *exact]) / self.unit_bytes).astype(int)
         return [int(x) for x in np.diff(ends)]
+
+    def _rounded_ways(self) -> list[dict[Inversion, int]]:
+        """Slots of what each block keeps for each way of inverting it."""
+        held = [{way.how: way.held_bytes for way in stage.ways} for stage in self._stages]
+        slots = {how: self._rounded([float(ways.get(how, 0)) for ways in held]) for how in INVERSIONS}
+        return [{how: slots[how][i] for how in ways} for i, ways in enumerate(held)]
 
     def _threshold(self, nbytes: float) -> int:
         """Slots without which ``nbytes`` do not fit."""
@@ -233,9 +251,8 @@ class Table:
             values = np.full((1, high - low), stage.recompute_seconds, dtype=np.float32)
             yield Move("recompute"), s, _from(values, self._thresholds(np.array([needed])), low)
         if state == "free" and stage.ways:
-            yield from self._inversions(t, s, "need", self._problem.reach, low, high)
-            if self._problem.rounds:
-                yield from self._inversions(t, s, "near", self._problem.rounded_reach, low, high)
+            for end, inverted in self._inverted.items():
+                yield Move("invert", end=end), s, inverted[t, s : s + 1, low:high]
 
     def _selective(
         self, t: int, s: int, state: State, selection: Selection, own: int, own_slots: int, low: int, high: int
@@ -281,35 +298,46 @@ class Table:
             values += forward + np.float32(2 * own * place.seconds_per_byte)
             yield Move("checkpoint", place), s + 1, _from(values, self._thresholds(np.maximum(peaks, coming)), low)
 
-    def _inversions(
-        self, t: int, s: int, state: State, reach: tuple[int, ...], low: int, high: int
-    ) -> Iterator[tuple[Move, int, Array]]:
-        """j from s on, as far as blocks have an inverse and the noise allows; z[j+1] is asked for in ``state``."""
-        end = s
-        while end <= t and self._stages[end].ways and reach[end] <= s:
-            end += 1
-        if end == s:
+    # --- runs of inversions: rows[r] is the least time from z[s] on if the run began at block r
+
+    def _extend(self, rows: Array, t: int, s: int, end: State) -> None:
+        """From z[s+1] to z[s], block s among those that are inverted, if that is not too far from the run's end."""
+        if s > t:
             return
-        peaks = np.maximum.accumulate(self._dropping[s:end] + self._waiting(t))
-        times = self._inverting[s + 1 : end + 1, low:high] - self._inverting[s, low:high]
-        times += (self._forward[s + 1 : end + 1] - self._forward[s])[:, None]
-        values = np.where(times < _NEVER / 2, times, np.inf).astype(np.float32)
-        values += self._best[state][t, s + 1 : end + 1, low:high]
-        yield Move("invert", end=state), s, _from(values, self._thresholds(peaks), low)
+        first = self._reach[end][s]
+        through = [self._through(rows[first : s + 1], t, s, way) for way in self._stages[s].ways]
+        rows[: s + 1] = np.inf
+        for values in through:
+            np.minimum(rows[first : s + 1], values, out=rows[first : s + 1])
+        self._inverted[end][t, s] = rows[s]
 
-    def _inversion_sums(self) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-        """Seconds of inverting blocks 0..i-1 with m slots; with :data:`_NEVER` for what does not fit."""
-        sums = np.zeros((self._count + 1, self.slots + 1))
-        for i, stage in enumerate(self._stages):
-            seconds = np.full(self.slots + 1, _NEVER)
-            for way in stage.ways:
-                fits = self._inversion_threshold(i, way)
-                seconds[fits:] = np.minimum(seconds[fits:], way.seconds)
-            sums[i + 1] = sums[i] + seconds
-        return sums
+    def _through(self, after: Array, t: int, i: int, way: Way) -> Array:
+        """The time from z[i] on, from that from z[i+1] on, where block i is inverted in that way."""
+        forward = int(self._z[i]) + way.forward_bytes + self._waiting(t)
+        backward = 2 * int(self._z[i + 1]) + way.held_bytes + way.peak_bytes + int(self._gradients[i + 1])
+        values = _shifted(after, self._way_slots[i][way.how], 0, self.slots + 1)
+        values = values + np.float32(way.forward_seconds + way.seconds)
+        values[:, : self._threshold(max(forward, backward))] = np.inf
+        return values
 
-    def _inversion_threshold(self, i: int, way: Way) -> int:
-        return self._threshold(2 * int(self._z[i + 1]) + way.peak_bytes + int(self._gradients[i + 1]))
+    def _run(self, t: int, s: int, end: State, m: int) -> tuple[list[Way], int]:
+        """How blocks s, s+1, ... are inverted in the run behind :attr:`_inverted`, and the slots that are left."""
+        stop = s
+        while stop <= t and self._stages[stop].ways and self._reach[end][stop] <= s:
+            stop += 1
+        ending = self._best[end][t]
+        times = {stop: ending[stop : stop + 1]}  # by block, as the rows above for a run that began at s
+        for i in reversed(range(s, stop)):
+            through = [self._through(times[i + 1], t, i, way) for way in self._stages[i].ways]
+            times[i] = functools.reduce(np.minimum, through if i == s else [*through, ending[i : i + 1]])
+        chosen: list[Way] = []
+        for i in range(s, stop):
+            if chosen and ending[i, m] <= times[i][0, m]:
+                break
+            ways = self._stages[i].ways
+            chosen.append(min(ways, key=lambda way: self._through(times[i + 1], t, i, way)[0, m]))  # noqa: B023
+            m -= self._way_slots[i][chosen[-1].how]
+        return chosen, m
 
     # --- the schedule
 
@@ -362,11 +390,12 @@ class Table:
             if is_free:
                 steps.append(Free(s))
         else:
-            steps += _pass(s, k, "nothing", again=again)
-            self._emit(steps, t, k + 1, move.end, m)
-            for i in range(k, s - 1, -1):
-                fitting = [way for way in self._stages[i].ways if self._inversion_threshold(i, way) <= m]
-                steps.append(Backward(i, min(fitting, key=lambda way: way.seconds).how))
+            ways, left = self._run(t, s, move.end, m)
+            for keep, group in itertools.groupby(range(s, s + len(ways)), lambda i: kept_by(ways[i - s].how)):
+                blocks = list(group)
+                steps += _pass(blocks[0], blocks[-1], keep, again=again)
+            self._emit(steps, t, s + len(ways), move.end, left)
+            steps += [Backward(i, way.how) for i, way in reversed(list(enumerate(ways, s)))]
             steps.append(Free(s))
 
     def _choice(self, t: int, s: int, state: State, m: int) -> tuple[Move, int]:

@@ -9,7 +9,7 @@ from edgetrain.chain import MODES, Block, Mode
 from edgetrain.memory import BlockCosts, Costs
 from edgetrain.memory.times import BlockTimes, Times
 from edgetrain.planner.plans import Alternative
-from edgetrain.runtime.program import Backward, Fetch, Forward, Offload, Place, Program, Recompute
+from edgetrain.runtime.program import INVERSIONS, Backward, Fetch, Forward, Offload, Place, Program, Recompute
 from edgetrain.units import format_mib
 
 _PLACES: dict[Place, str] = {"host": "the host's memory", "disk": "a file", "bfloat16": "bfloat16"}
@@ -38,7 +38,7 @@ def rounded_in(program: Program) -> frozenset[int]:
         elif isinstance(step, Recompute):
             rounded.difference_update(range(step.first + 1, step.last + 2))
         elif isinstance(step, Backward):
-            inverted = step.how in ("invert", "invert_layerwise")
+            inverted = step.how in INVERSIONS
             if step.block + inverted in rounded:
                 found.add(step.block)
             if inverted:
@@ -83,8 +83,13 @@ def _reason(i: int, mode: Mode, runs: int, cost: BlockCosts, time: BlockTimes, p
         how = f"run {runs} times" if place is None else f"z[{i}] waits in {_PLACES[place]}"
         seconds = (runs - 1) * time.forward
         return f"{how}: spares {format_mib(max(0, cost.saved_bytes))} for {1e3 * seconds:.1f} ms"
-    held = "holding its hidden activations" if mode == "invert" else "holding nothing"
-    return f"its input comes back from its output, {held}: spares {format_mib(_kept(cost))} for {1e3 * extra:.1f} ms"
+    held, spared = "holding its hidden activations", _kept(cost)
+    if mode == "invert_selective":
+        held = f"from the results of its convolutions and matrix products, {format_mib(cost.products_only_bytes)}"
+        spared -= cost.products_only_bytes
+    elif mode == "invert_layerwise":
+        held = "holding nothing"
+    return f"its input comes back from its output, {held}: spares {format_mib(spared)} for {1e3 * extra:.1f} ms"
 
 
 def _others(block: Block, chosen: Mode, cost: BlockCosts, time: BlockTimes) -> list[Alternative]:
@@ -103,6 +108,8 @@ def _others(block: Block, chosen: Mode, cost: BlockCosts, time: BlockTimes) -> l
             reason = f"would hold its input and {format_mib(max(0, cost.products_bytes))} of results, for {slower}"
         elif mode == "recompute":
             reason = f"would hold its input or run from an earlier one, for {slower}"
+        elif mode == "invert_selective":
+            reason = f"would hold {format_mib(cost.products_only_bytes)} of results, for {slower}"
         else:
             reason = f"would take {slower}"
         found.append(Alternative(mode, reason))
@@ -117,6 +124,7 @@ def _extra(time: BlockTimes, mode: Mode) -> float:
         "selective": (time.forward_products or 0.0) + (time.backward_selective or 0.0),
         "recompute": time.forward + (time.backward_recompute or 0.0),
         "invert": time.forward + (time.backward_invert or 0.0),
+        "invert_selective": (time.forward_products_only or 0.0) + (time.backward_invert_selective or 0.0),
         "invert_layerwise": time.forward + (time.backward_invert_layerwise or 0.0),
     }
     return taken[mode] - stored

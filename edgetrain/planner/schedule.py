@@ -11,21 +11,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from edgetrain.chain import Mode
-from edgetrain.runtime.program import Backward, Forward, Free, Head, How, Instruction, Keep, Program, Update
+from edgetrain.runtime.program import (
+    INVERSIONS,
+    Backward,
+    Forward,
+    Free,
+    Head,
+    How,
+    Instruction,
+    Keep,
+    Program,
+    Update,
+    kept_by,
+)
 
 _KEEP: dict[Mode, Keep] = {
     "store": "all",
     "selective": "products",
     "recompute": "input",
-    "invert": "nothing",
-    "invert_layerwise": "nothing",
+    **{inversion: kept_by(inversion) for inversion in INVERSIONS},
 }
 _HOW: dict[Mode, How] = {
     "store": "saved",
     "selective": "selective",
     "recompute": "recompute",
-    "invert": "invert",
-    "invert_layerwise": "invert_layerwise",
+    **{inversion: inversion for inversion in INVERSIONS},
 }
 _FROM_INPUT: tuple[Mode, ...] = ("selective", "recompute")
 
@@ -46,7 +56,7 @@ def schedule(
         update_in_backward: step the optimiser of each block as soon as its gradients are there.
     """
     count = len(modes)
-    inverted = [mode in ("invert", "invert_layerwise") for mode in modes]
+    inverted = [mode in INVERSIONS for mode in modes]
 
     def outlives_forward(i: int) -> bool:
         if i < count and modes[i] in _FROM_INPUT:

@@ -19,7 +19,7 @@ from edgetrain.planner.dynamic import Table
 from edgetrain.planner.schedule import schedule
 from edgetrain.planner.stages import problem_of
 from edgetrain.planner.uniform import UNIFORM_MODES, UniformMode, decide
-from edgetrain.runtime.program import Instruction, Program
+from edgetrain.runtime.program import INVERSIONS, Instruction, Program
 
 _CLOCK_ERROR = 0.03
 """Part of a step's time that measured times do not resolve."""
@@ -191,7 +191,7 @@ class Search:
             return True
         last: int | None = None
         for i in reversed(range(len(modes))):
-            if modes[i] not in ("invert", "invert_layerwise"):
+            if modes[i] not in INVERSIONS:
                 last = None
                 continue
             last = i if last is None else last

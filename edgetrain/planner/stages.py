@@ -16,7 +16,7 @@ from edgetrain.memory.effects import Effect, Operand
 from edgetrain.memory.simulate import BFLOAT16_BYTES
 from edgetrain.memory.times import BlockTimes, Times
 from edgetrain.runtime.offload import can_be_rounded
-from edgetrain.runtime.program import How, Place
+from edgetrain.runtime.program import INVERSIONS, Inversion, Place, kept_by
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,17 @@ class Way:
     """One way to get z[i] and g[i] from z[i+1] and g[i+1].
 
     Attributes:
-        peak_bytes: most bytes above the two it starts from.
+        peak_bytes: most bytes above the two it starts from and ``held_bytes``.
+        held_bytes: what the forward pass leaves for it besides z[i+1].
+        forward_seconds: of that pass; ``forward_bytes`` its most bytes above z[i], z[i+1] among them.
     """
 
-    how: How
+    how: Inversion
     seconds: float
     peak_bytes: int
+    held_bytes: int
+    forward_seconds: float
+    forward_bytes: int
 
 
 @dataclass(frozen=True)
@@ -180,14 +185,7 @@ def problem_of(
         if update_in_backward:
             update = cost.effects.get(("update", None, None))
             after = max(0, sizes[i] - sizes[i + 1]) + cost.gradient_bytes + (update.peak_bytes if update else 0)
-        ways = []
-        for how, seconds in (
-            ("invert", time.backward_invert),
-            ("invert_layerwise", time.backward_invert_layerwise),
-        ):
-            if block.allows(how) and seconds is not None:  # type: ignore[arg-type]
-                effect = _named(cost, f"backward {how}")
-                ways.append(Way(how, seconds, max(after, _peak(effect, sizes, i, set()))))  # type: ignore[arg-type]
+        ways = [_way(how, cost, time, sizes, i, after) for how in INVERSIONS if block.allows(how)]
         stages.append(
             Stage(
                 output_bytes=sizes[i + 1],
@@ -228,6 +226,26 @@ def problem_of(
         rounded_reach=tuple(rounded_reach) if rounded_reach is not None else (0,) * len(stages),
         places=tuple(places),
         gradients_stay=not update_in_backward,
+    )
+
+
+def _way(
+    how: Inversion, cost: BlockCosts, time: BlockTimes, sizes: Sequence[int], i: int, after: int
+) -> Way:
+    """``after``: bytes above what is held, z[i] and g[i], that are needed once the gradients are there."""
+    forward = f"forward {kept_by(how)}"
+    selective = how == "invert_selective"
+    backward = f"backward {how} after {forward}" if selective else f"backward {how}"
+    seconds, forward_seconds = time.backward_seconds(how), time.forward_seconds(kept_by(how))
+    assert seconds is not None
+    assert forward_seconds is not None
+    return Way(
+        how,
+        seconds=seconds,
+        peak_bytes=max(after, _peak(_named(cost, backward), sizes, i, set())),
+        held_bytes=max(0, cost.products_only_bytes) if selective else 0,
+        forward_seconds=forward_seconds,
+        forward_bytes=_peak(_named(cost, forward), sizes, i, {"x"}),
     )
 
 

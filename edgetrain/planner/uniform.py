@@ -9,7 +9,7 @@ from torch import nn
 
 from edgetrain.chain import Block, Mode
 
-UniformMode = Literal["keep_all", "selective", "recompute", "invert", "invert_layerwise"]
+UniformMode = Literal["keep_all", "selective", "recompute", "invert", "invert_selective", "invert_layerwise"]
 UNIFORM_MODES: tuple[UniformMode, ...] = get_args(UniformMode)
 
 
@@ -29,8 +29,8 @@ def _decide(block: Block, wanted: Mode, *, first: bool, last: bool) -> tuple[Mod
         return "store", "keeps nothing but its input"
     if block.allows(wanted):
         return wanted, "asked for"
-    if wanted == "invert_layerwise" and block.allows("invert"):
-        return "invert", block.refusals["invert_layerwise"]
+    if wanted in ("invert_layerwise", "invert_selective") and block.allows("invert"):
+        return "invert", block.refusals[wanted]
     reason = block.refusals[wanted]
     if wanted == "selective" and block.allows("recompute"):
         return "recompute", reason

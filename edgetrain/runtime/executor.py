@@ -26,6 +26,7 @@ from edgetrain.nn.invertible import Invertible, Rerun
 from edgetrain.nn.selective import Products
 from edgetrain.runtime.offload import Offloaded, offload
 from edgetrain.runtime.program import (
+    DROPPING,
     Backward,
     Fetch,
     Forward,
@@ -228,8 +229,8 @@ class Execution:
     def _forward(self, i: int, keep: Keep) -> None:
         module = self._blocks[i].module
         record = self._records[i] = Record(module)
-        if isinstance(module, Invertible) and keep == "nothing":
-            self._z[i + 1] = record.first_in_place(self._own(self._z, i))
+        if isinstance(module, Invertible) and keep in DROPPING:
+            self._z[i + 1] = record.first_in_place(self._own(self._z, i), products=keep == "products_only")
             return
         x = self._z.pop(i) if keep == "nothing" else self._z[i]
         version = x._version
@@ -244,8 +245,9 @@ class Execution:
     def _forward_again(self, i: int, keep: Keep) -> None:
         module = self._blocks[i].module
         with torch.no_grad(), self._records[i].again():
-            if isinstance(module, Invertible) and keep == "nothing":
-                self._z[i + 1] = module.forward_(self._own(self._z, i), replay=True)
+            if isinstance(module, Invertible) and keep in DROPPING:
+                run = module.forward_ if keep == "nothing" else module.forward_keeping_products_
+                self._z[i + 1] = run(self._own(self._z, i), replay=True)
                 return
             x = self._z.pop(i) if keep == "nothing" else self._z[i]
             with self._keeping(i, keep):

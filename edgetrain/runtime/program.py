@@ -2,22 +2,24 @@
 
 Blocks are numbered 0..L-1; ``z[i]`` is the input of block i and ``g[i]`` the gradient with respect to it.
 
-| instruction                 | needs                  | gives                                                   |
-|-----------------------------|------------------------|---------------------------------------------------------|
-| forward i keep=all          | z[i]                   | z[i+1], and what autograd saves for block i; z[i] stays |
-| forward i keep=products     | z[i]                   | z[i+1], and results of its products (*); z[i] stays     |
-| forward i keep=input        | z[i]                   | z[i+1]; z[i] stays                                      |
-| forward i keep=nothing      | z[i]                   | z[i+1]; z[i] is gone, in its memory where block i can   |
-| recompute i..j keep         | z[i]                   | the same again for blocks i to j, without side effects  |
-| head                        | z[L]                   | g[L]: the loss is the caller's                          |
-| backward i saved            | g[i+1], saved          | g[i]                                                    |
-| backward i selective        | g[i+1], z[i], products | g[i]; z[i] stays, the products are gone                 |
-| backward i recompute        | g[i+1], z[i]           | g[i]; z[i] stays                                        |
-| backward i invert           | g[i+1], z[i+1]         | g[i] and z[i], in the memory of g[i+1] and z[i+1]       |
-| backward i invert_layerwise | as invert              | as invert, holding no hidden activation                 |
-| offload / fetch z[i]        | z[i]                   | moves it to another place, or to bfloat16, and back     |
-| update i                    | gradients of block i   | optimiser step of block i; its gradients are freed      |
-| free z[i]                   | z[i]                   |                                                         |
+| instruction                  | needs                  | gives                                                   |
+|------------------------------|------------------------|---------------------------------------------------------|
+| forward i keep=all           | z[i]                   | z[i+1], and what autograd saves for block i; z[i] stays |
+| forward i keep=products      | z[i]                   | z[i+1], and results of its products (*); z[i] stays     |
+| forward i keep=products_only | z[i]                  | the same, but z[i] is gone, z[i+1] in its memory        |
+| forward i keep=input         | z[i]                   | z[i+1]; z[i] stays                                      |
+| forward i keep=nothing       | z[i]                   | z[i+1]; z[i] is gone, in its memory where block i can   |
+| recompute i..j keep          | z[i]                   | the same again for blocks i to j, without side effects  |
+| head                         | z[L]                   | g[L]: the loss is the caller's                          |
+| backward i saved             | g[i+1], saved          | g[i]                                                    |
+| backward i selective         | g[i+1], z[i], products | g[i]; z[i] stays, the products are gone                 |
+| backward i recompute         | g[i+1], z[i]           | g[i]; z[i] stays                                        |
+| backward i invert            | g[i+1], z[i+1]         | g[i] and z[i], in the memory of g[i+1] and z[i+1]       |
+| backward i invert_selective  | as invert, products    | as invert; the products are gone                        |
+| backward i invert_layerwise  | as invert              | as invert, holding no hidden activation                 |
+| offload / fetch z[i]         | z[i]                   | moves it to another place, or to bfloat16, and back     |
+| update i                     | gradients of block i   | optimiser step of block i; its gradients are freed      |
+| free z[i]                    | z[i]                   |                                                         |
 
 (*) convolutions and matrix products that take long for what their results hold: :mod:`edgetrain.nn.selective`
 """
@@ -31,9 +33,18 @@ from typing import Any, ClassVar, Literal, get_args
 
 from edgetrain.errors import ModelError
 
-Keep = Literal["all", "products", "input", "nothing"]
-How = Literal["saved", "selective", "recompute", "invert", "invert_layerwise"]
+Keep = Literal["all", "products", "products_only", "input", "nothing"]
+Inversion = Literal["invert", "invert_selective", "invert_layerwise"]
+INVERSIONS: tuple[Inversion, ...] = get_args(Inversion)
+How = Literal["saved", "selective", "recompute", Inversion]
+DROPPING: tuple[Keep, ...] = ("products_only", "nothing")
+"""Passes after which z[i] is gone."""
 Place = Literal["host", "disk", "bfloat16"]
+
+
+def kept_by(inversion: Inversion) -> Keep:
+    """The forward pass before it."""
+    return "products_only" if inversion == "invert_selective" else "nothing"
 
 FORMAT_VERSION = 1
 

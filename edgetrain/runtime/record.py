@@ -42,10 +42,10 @@ class Record:
         self._state = saved_state(self._module)
         return y
 
-    def first_in_place(self, x: Tensor) -> Tensor:
-        """The output of an invertible module in the memory of ``x``."""
+    def first_in_place(self, x: Tensor, *, products: bool) -> Tensor:
+        """The output of an invertible module in the memory of ``x``; ``products``: it keeps their results."""
         assert isinstance(self._module, Invertible)
-        y = self._module.forward_(x)
+        y = self._module.forward_keeping_products_(x) if products else self._module.forward_(x)
         self._state = saved_state(self._module)
         return y
 

@@ -139,12 +139,12 @@ def test_models_train_in_every_mode_with_the_same_loss(name: str) -> None:
     model = edgetrain.create_model(name, exact=True, **options)
     x = torch.randn(4, 3, 16, 16)
     stages = {}
-    for mode in ("keep_all", "invert", "invert_layerwise"):
+    for mode in ("keep_all", "invert", "invert_selective", "invert_layerwise"):
         copied = copy.deepcopy(model)
         plan = edgetrain.uniform_plan(copied, mode, input_shape=(3, 16, 16), batch_size=4)
         edgetrain.wrap(copied, plan)(x).square().sum().backward()
         stages[mode] = {n: p.grad for n, p in copied.named_parameters()}
-    for mode in ("invert", "invert_layerwise"):
+    for mode in ("invert", "invert_selective", "invert_layerwise"):
         for n, gradient in stages[mode].items():
             error = float((gradient - stages["keep_all"][n]).norm() / stages["keep_all"][n].norm())  # type: ignore[operator,union-attr]
             assert error < 1e-3, f"{mode} {n}: {error:.1e}"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
-from edgetrain.planner.stages import Problem, Stage
+from edgetrain.planner.stages import Problem, Stage, Way
 from edgetrain.runtime.program import Backward, Fetch, Forward, Free, Head, Instruction, Offload, Recompute
 
 Steps = tuple[Instruction, ...]
+
+KEEP = {"invert": "nothing", "invert_layerwise": "nothing", "invert_selective": "products_only"}
+"""The forward pass before each kind of inversion."""
 
 
 def every_schedule(problem: Problem) -> Iterator[Steps]:
@@ -66,25 +70,23 @@ def _between(
             for j in range(s, t + 1):
                 if (accepted and not problem.rounds) or not problem.stages[j].ways or reach[j] > s:
                     break
-                forward = tuple(step for i in range(s, j + 1) for step in run(i, "nothing"))
                 for rest in _between(problem, j + 1, t, foreign=False, needed=True, near=accepted):
-                    for backward in _ways(problem, s, j):
-                        yield (*forward, *rest, *backward, *end)
+                    for ways in itertools.product(*(problem.stages[i].ways for i in range(s, j + 1))):
+                        forward = tuple(step for i, way in enumerate(ways, s) for step in run(i, KEEP[way.how]))
+                        backward = tuple(Backward(i, way.how) for i, way in enumerate(ways, s))
+                        yield (*forward, *rest, *reversed(backward), *end)
 
 
-def _ways(problem: Problem, s: int, j: int) -> Iterator[Steps]:
-    if j < s:
-        yield ()
-        return
-    for way in problem.stages[j].ways:
-        for rest in _ways(problem, s, j - 1):
-            yield (Backward(j, way.how), *rest)
+def _keeping_products(stage: Stage) -> Way:
+    return next(way for way in stage.ways if way.how == "invert_selective")
 
 
 def _forward_seconds(stage: Stage, keep: str) -> float:
     if keep == "products":
         assert stage.selection is not None
         return stage.selection.forward_seconds
+    if keep == "products_only":
+        return _keeping_products(stage).forward_seconds
     return {"all": stage.forward_all_seconds, "input": stage.forward_seconds, "nothing": stage.dropping_seconds}[keep]
 
 
@@ -124,13 +126,14 @@ def peak_of(problem: Problem, steps: Steps) -> int:
     holders = {i: 0 for i in range(count + 1)}
     holders[0] = 1
     named, graphs, gradient, trained, away = {0}, dict[int, list[int]](), None, 0, dict[int, int]()
-    products = dict[int, list[int]]()
+    products, inverting = dict[int, list[int]](), set[int]()
     peak = 0
 
     def level() -> int:
         kept = sum(size[i] for i, number in holders.items() if number and i > 0)
         saved = sum(problem.stages[i].saved_bytes for i in graphs)
         saved += sum(stage.selection.products_bytes for i in products if (stage := problem.stages[i]).selection)
+        saved += sum(_keeping_products(problem.stages[i]).held_bytes for i in inverting)
         return kept + saved + trained + sum(away.values()) + (size[gradient] if gradient is not None else 0)
 
     def drop(i: int) -> None:
@@ -144,9 +147,13 @@ def peak_of(problem: Problem, steps: Steps) -> int:
         extra = {"all": stage.forward_all_bytes, "input": stage.forward_bytes, "nothing": stage.dropping_bytes}
         if stage.selection is not None:
             extra["products"] = stage.selection.forward_bytes
+        if keep == "products_only":
+            extra[keep] = _keeping_products(stage).forward_bytes
         peak = max(peak, level() + extra[keep])
-        if keep == "nothing":
+        if keep in ("nothing", "products_only"):
             drop(i)
+        if keep == "products_only":
+            inverting.add(i)
         if i + 1 not in named:
             named.add(i + 1)
             holders[i + 1] += 1
@@ -201,6 +208,8 @@ def peak_of(problem: Problem, steps: Steps) -> int:
             else:
                 way = next(way for way in stage.ways if way.how == step.how)
                 peak = max(peak, level() + way.peak_bytes)
+                if step.how == "invert_selective":
+                    inverting.remove(step.block)
                 drop(step.block + 1)
                 assert step.block not in named
                 named.add(step.block)

@@ -28,9 +28,14 @@ def stages(draw: st.DrawFn, given: int) -> Stage:
     invertible, recompute = draw(st.booleans()), draw(st.integers(0, 5)) > 0
     inverse_bytes = gradients + max(0, 2 * (given - output))
     products = draw(small)
-    ways = [Way("invert", draw(whole_seconds), inverse_bytes + draw(small))]
+    dropping = draw(whole_seconds), output + draw(small)  # seconds, bytes
+    ways = [Way("invert", draw(whole_seconds), inverse_bytes + draw(small), 0, *dropping)]
     if draw(st.booleans()):
-        ways.append(Way("invert_layerwise", draw(whole_seconds), inverse_bytes + draw(small)))
+        ways.append(Way("invert_layerwise", draw(whole_seconds), inverse_bytes + draw(small), 0, *dropping))
+    if draw(st.booleans()):
+        held = draw(small)
+        keeping = draw(whole_seconds), output + held + draw(small)
+        ways.append(Way("invert_selective", draw(whole_seconds), inverse_bytes + draw(small), held, *keeping))
     selection = Selection(
         products_bytes=products,
         keeps_output=draw(st.booleans()),
@@ -47,8 +52,8 @@ def stages(draw: st.DrawFn, given: int) -> Stage:
         forward_seconds=forward,
         forward_all_seconds=forward,
         forward_bytes=output + draw(small),
-        dropping_seconds=draw(whole_seconds),
-        dropping_bytes=output + draw(small),
+        dropping_seconds=dropping[0],
+        dropping_bytes=dropping[1],
         forward_all_bytes=output + saved + draw(small),
         backward_seconds=draw(whole_seconds),
         backward_bytes=left + draw(small),
@@ -121,7 +126,7 @@ def check_reach(problem: Problem, steps: tuple[Instruction, ...]) -> None:
             away[step.index] = step.to
         elif isinstance(step, Fetch) and not exact[away[step.index]]:
             z[step.index] = "rounded" if z[step.index] == "exact" else z[step.index]
-        if isinstance(step, Backward) and step.how in ("invert", "invert_layerwise"):
+        if isinstance(step, Backward) and step.how.startswith("invert"):
             if reach is None:
                 start = step.block
                 reach = {"exact": problem.reach, "rounded": problem.rounded_reach}[z[start + 1]]
@@ -150,7 +155,7 @@ def test_an_anchor_waits_in_bfloat16_where_the_run_from_it_may_be_that_long() ->
             recompute_seconds=2.0 if recompute else None,
             recompute_bytes=8,
             gradient_bytes=0,
-            ways=(Way("invert", 3.0, 4),) if invert else (),
+            ways=(Way("invert", 3.0, 4, 0, 1.0, 8),) if invert else (),
         )
 
     chain = (
@@ -206,7 +211,12 @@ def test_solves_long_chains_quickly(blocks: int, limit_s: float, *, invertible: 
             recompute_seconds=3 * seconds,
             recompute_bytes=3 * output,
             gradient_bytes=10_000,
-            ways=(Way("invert", 3 * seconds, 3 * output), Way("invert_layerwise", 4 * seconds, output)) * invertible,
+            ways=(
+                Way("invert", 3 * seconds, 3 * output, 0, seconds, output),
+                Way("invert_selective", 2 * seconds, 3 * output, 2 * output, seconds, 3 * output),
+                Way("invert_layerwise", 4 * seconds, output, 0, seconds, output),
+            )
+            * invertible,
         )
 
     chain = tuple(stage() for _ in range(blocks))

@@ -14,7 +14,7 @@ import edgetrain
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("mode", ["selective", "recompute", "invert", "invert_layerwise"])
+@pytest.mark.parametrize("mode", ["selective", "recompute", "invert", "invert_selective", "invert_layerwise"])
 @pytest.mark.parametrize("name", ["hybrid18", "irevnet18", "resnet20"])
 def test_gradients_on_cuda(name: str, mode: Any) -> None:
     torch.manual_seed(0)
