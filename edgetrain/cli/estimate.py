@@ -23,7 +23,8 @@ def estimate(
     ),
     precision: str = typer.Option("fp32", help="fp32, bf16 or fp16: of weights, activations and gradients."),
     mode: str = typer.Option(
-        "", help="keep_all, selective, recompute, invert or invert_layerwise; without it plain autograd."
+        "",
+        help="keep_all, selective, recompute, invert, invert_selective or invert_layerwise; without it plain autograd.",
     ),
     num_classes: int = typer.Option(0, "--num-classes", min=0, help="Classes; 0 leaves the model's own number."),
     pooling: str | None = typer.Option(None, help="Pooling sequence of a network of the zoo, c or b for each: ccb."),

@@ -37,7 +37,7 @@ def train(
         str,
         typer.Option(
             help="planned: per block, the fastest that fits; or keep_all, selective, recompute, invert, "
-            "invert_layerwise."
+            "invert_selective, invert_layerwise."
         ),
     ] = PLANNED,
     plan: Annotated[Path | None, typer.Option(help="A plan of edgetrain plan --out, in place of --mode.")] = None,

@@ -335,7 +335,7 @@ class Table:
             if chosen and ending[i, m] <= times[i][0, m]:
                 break
             ways = self._stages[i].ways
-            chosen.append(min(ways, key=lambda way: self._through(times[i + 1], t, i, way)[0, m]))  # noqa: B023
+            chosen.append(min(ways, key=lambda way: self._through(times[i + 1], t, i, way)[0, m]))
             m -= self._way_slots[i][chosen[-1].how]
         return chosen, m
 

@@ -214,7 +214,8 @@ def uniform_plan(
 
     Args:
         model: any module; a ``torch.nn.Sequential`` is cut into its blocks.
-        mode: ``"keep_all"``, ``"selective"``, ``"recompute"``, ``"invert"`` or ``"invert_layerwise"``.
+        mode: ``"keep_all"``, ``"selective"``, ``"recompute"``, ``"invert"``, ``"invert_selective"`` or
+            ``"invert_layerwise"``.
         input_shape: (c, h, w) of one sample.
         batch_size: samples per step.
         update_in_backward: step the optimiser of each block as soon as its gradients are there; the optimiser is

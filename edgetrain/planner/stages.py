@@ -229,9 +229,7 @@ def problem_of(
     )
 
 
-def _way(
-    how: Inversion, cost: BlockCosts, time: BlockTimes, sizes: Sequence[int], i: int, after: int
-) -> Way:
+def _way(how: Inversion, cost: BlockCosts, time: BlockTimes, sizes: Sequence[int], i: int, after: int) -> Way:
     """``after``: bytes above what is held, z[i] and g[i], that are needed once the gradients are there."""
     forward = f"forward {kept_by(how)}"
     selective = how == "invert_selective"

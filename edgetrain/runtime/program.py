@@ -46,6 +46,7 @@ def kept_by(inversion: Inversion) -> Keep:
     """The forward pass before it."""
     return "products_only" if inversion == "invert_selective" else "nothing"
 
+
 FORMAT_VERSION = 1
 
 

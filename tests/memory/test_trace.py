@@ -103,7 +103,9 @@ def test_peak_with_two_threads(name: str):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("mode", ["keep_all", "selective", "recompute", "invert", "invert_selective", "invert_layerwise"])
+@pytest.mark.parametrize(
+    "mode", ["keep_all", "selective", "recompute", "invert", "invert_selective", "invert_layerwise"]
+)
 @pytest.mark.parametrize("name", ["hybrid18", "layerwise18"])
 def test_peak_of_a_plan(name: str, mode: Any):
     def wrap(model: nn.Module) -> nn.Module:

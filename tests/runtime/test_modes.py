@@ -16,6 +16,7 @@ from edgetrain.chain import MODES, Mode, chain_of
 from edgetrain.errors import ModelError
 from edgetrain.memory import measure_peak
 from edgetrain.planner import Plan, schedule
+from edgetrain.planner.uniform import UNIFORM_MODES
 from edgetrain.runtime import Wrapped
 
 BOUND = 1e-10
@@ -96,7 +97,9 @@ def assert_gradients(model: nn.Module, plain: nn.Module) -> None:
         assert error < BOUND, f"{name}: {error:.1e}"
 
 
-@pytest.mark.parametrize("mode", ["keep_all", "selective", "recompute", "invert", "invert_selective", "invert_layerwise"])
+@pytest.mark.parametrize(
+    "mode", ["keep_all", "selective", "recompute", "invert", "invert_selective", "invert_layerwise"]
+)
 @pytest.mark.parametrize("name", SMALL)
 def test_uniform(name: str, mode: Any) -> None:
     model = small_model(name)
@@ -122,7 +125,7 @@ def test_mixed_with_dropout_and_in_place_activations(seed: int) -> None:
 
 
 def test_frozen_batch_norm_in_every_mode() -> None:
-    for mode in ("keep_all", "selective", "recompute", "invert", "invert_selective", "invert_layerwise"):
+    for mode in UNIFORM_MODES:
         model = small_model("hybrid18")
         x, labels = torch.randn(SHAPE, dtype=torch.double), torch.randint(0, 10, SHAPE[:1])
         with torch.no_grad():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Literal
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ import edgetrain
 from edgetrain.chain import chain_of
 from edgetrain.errors import ModelError
 from edgetrain.planner import Plan
+from edgetrain.planner.uniform import UniformMode
 from edgetrain.runtime import (
     Backward,
     Fetch,
@@ -150,9 +150,11 @@ def test_update_in_backward_takes_the_step_of_the_optimizer_and_frees_gradients(
         edgetrain.wrap(model, plan)
 
 
-@pytest.mark.parametrize("mode", ["keep_all", "selective", "recompute", "invert", "invert_selective", "invert_layerwise"])
+@pytest.mark.parametrize(
+    "mode", ["keep_all", "selective", "recompute", "invert", "invert_selective", "invert_layerwise"]
+)
 def test_json_and_back_without_loss(
-    mode: Literal["keep_all", "selective", "recompute", "invert", "invert_selective", "invert_layerwise"],
+    mode: UniformMode,
 ) -> None:
     model = edgetrain.create_model("hybrid18", width=8)
     plan = edgetrain.uniform_plan(model, mode, input_shape=(3, 16, 16), batch_size=4, update_in_backward=True)
