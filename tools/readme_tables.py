@@ -39,13 +39,13 @@ def memory() -> str:
     if document is None:
         return "Not measured yet."
     lines = [
-        "| network and mode | printed | closed formula | allocator | process | process / allocator |",
-        "|---|---|---|---|---|---|",
+        "| network and mode | printed | closed formula | allocator | process | process / allocator | own heap |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in document["rows"]:
         cells = [row["printed"], row["closed_form"], row["allocator"], row["process"]]
         numbers = " | ".join("-" if cell is None else f"{cell:.0f}" for cell in cells)
-        lines.append(f"| {row['label']} | {numbers} | {row['process_over_allocator']:.2f} |")
+        lines.append(f"| {row['label']} | {numbers} | {row['process_over_allocator']:.2f} | {row['own_heap']:.0f} |")
     return "\n".join([*lines, "", provenance(document)])
 
 
