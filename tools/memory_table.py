@@ -2,7 +2,7 @@
 
 Bytes per input pixel of one training step beyond weights, their gradients, the optimiser's state and the batch:
 at the allocator (torch's own events on the CPU, max_memory_allocated on CUDA), and as growth of the whole process
-(CPU): with large blocks going back to the kernel when they are freed, as ``edgetrain train`` sets it under a budget, and
+(CPU): with large blocks going back to the kernel when they are freed, as ``edgetrain train`` does under a budget, and
 with the C library's own heap. Every case runs in fresh processes, one for each kind of measurement.
 
     python tools/memory_table.py                           # batch 512 of 3x32x32
@@ -47,6 +47,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+KINDS = ("allocator", "process", "own heap")
 CASES = (
     Case("ResNet, keep all", "resnet18", "keep_all", resnet_bytes_per_pixel(), PRINTED["resnet18"]),
     Case(
@@ -155,7 +156,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     parser.add_argument("--out", type=Path, help="write the JSON document to this file too")
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--kind", choices=("allocator", "process", "own heap"), default="allocator", help=argparse.SUPPRESS)
+    parser.add_argument("--kind", choices=KINDS, default="allocator", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case is not None:
         case = CASES[arguments.case]
