@@ -125,7 +125,9 @@ def _takes_pooling(family: Callable[..., nn.Sequential]) -> bool:
 
 def _family(name: str) -> Callable[..., nn.Sequential] | None:
     """What makes the network of that name; None where there is none."""
+    if name in _TABLE_MODELS:
+        return _TABLE_MODELS[name]
     for form, family in _NUMBERED_MODELS.items():
         if match := re.fullmatch(form, name):
             return functools.partial(family, *(int(number or 1) for number in match.groups()))
-    return _TABLE_MODELS.get(name)
+    return None

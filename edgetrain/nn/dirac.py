@@ -13,7 +13,7 @@ is W, and ``parametrize.remove_parametrizations(conv, "weight", leave_parametriz
 
 Deviations. (5.2) prints a delta that is 1 over the whole kernel, which would blur: this one is that of
 ``torch.nn.init.dirac_``, in groups too. Where a layer changes the number of channels, I joins the first min(in, out).
-The authors' code stores a delta per layer; here a is added on its diagonal, which takes no memory.
+The authors' code stores a delta per layer; here it is made anew each time and not kept.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from __future__ import annotations
 from typing import ClassVar, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -53,10 +54,7 @@ class DiracParametrization(nn.Module):
         self.b = nn.Parameter(weight.new_full(weight.shape[:1], b))
 
     def forward(self, weight: Tensor) -> Tensor:
-        scaled = _normalised(weight, self.b)
-        diagonal = _centre(scaled, self.groups).diagonal(dim1=1, dim2=2)  # (groups, min(in, out) / groups)
-        diagonal.add_(self.a.view(self.groups, -1)[:, : diagonal.shape[1]])
-        return scaled
+        return _normalised(weight, self.b).add_(_centred(self.a.view(-1, 1) * _identity(weight, self.groups), weight))
 
     def extra_repr(self) -> str:
         return f"{len(self.a)}, groups={self.groups}"
@@ -78,14 +76,10 @@ class DiracProjection(nn.Module):
         super().__init__()
         self.groups = groups
         self.b = nn.Parameter(weight.new_full(weight.shape[:1], b))
-        self.projection = nn.Parameter(weight.new_zeros(weight.shape[:2]))
-        with torch.no_grad():
-            _centre(self.projection, groups).diagonal(dim1=1, dim2=2).fill_(1.0)
+        self.projection = nn.Parameter(_identity(weight, groups))
 
     def forward(self, weight: Tensor) -> Tensor:
-        scaled = _normalised(weight, self.b)
-        _centre(scaled, self.groups).add_(_centre(self.projection, self.groups))
-        return scaled
+        return _normalised(weight, self.b).add_(_centred(self.projection, weight))
 
     def extra_repr(self) -> str:
         return f"{len(self.b)}, groups={self.groups}"
@@ -103,9 +97,7 @@ class IdentityPlus(nn.Module):
         self.groups = groups
 
     def forward(self, weight: Tensor) -> Tensor:
-        moved = weight.clone()
-        _centre(moved, self.groups).diagonal(dim1=1, dim2=2).add_(1.0)
-        return moved
+        return weight + _centred(_identity(weight, self.groups), weight)
 
     def extra_repr(self) -> str:
         return f"groups={self.groups}"
@@ -210,10 +202,14 @@ def _normalised(weight: Tensor, scale: Tensor) -> Tensor:
     return weight * (scale / norm).view(-1, *ones)
 
 
-def _centre(weight: Tensor, groups: int) -> Tensor:
-    """View of the middle of the kernel: (groups, out / groups, in / groups)."""
-    out, inputs, *kernel = weight.shape
-    middle = weight.view(groups, out // groups, inputs, *kernel)
-    for size in kernel:
-        middle = middle.select(3, size // 2)
-    return middle
+def _identity(weight: Tensor, groups: int) -> Tensor:
+    """I at the centre of the kernel: (out, in / groups), a row for each output channel."""
+    out, inputs = weight.shape[:2]
+    return torch.eye(out // groups, inputs, dtype=weight.dtype, device=weight.device).repeat(groups, 1)
+
+
+def _centred(matrix: Tensor, weight: Tensor) -> Tensor:
+    """``matrix`` (out, in / groups) at the centre of a kernel of zeros, in the shape of ``weight``."""
+    kernel = weight.shape[2:]
+    margins = [margin for size in reversed(kernel) for margin in (size // 2, size - size // 2 - 1)]
+    return F.pad(matrix.view(*matrix.shape, *(1,) * len(kernel)), margins)
