@@ -76,7 +76,7 @@ def chain_count(n: int, k: int, *, dirac: bool) -> int:
     return count
 
 
-@pytest.mark.parametrize(("n", "k"), [(10, 1), (16, 2), (28, 5)])
+@pytest.mark.parametrize(("n", "k"), [(10, 1), (16, 2), (28, 5), (28, 10)])
 def test_parameters_by_the_formula(n: int, k: int) -> None:
     assert parameters(f"wrn-{n}-{k}") == wide_resnet_count(n, k)
     assert parameters(f"diracnet-{n}-{k}") == chain_count(n, k, dirac=True)

@@ -14,13 +14,16 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
 import edgetrain
+from edgetrain.chain import measure_noise
 from edgetrain.errors import ModelError
 from edgetrain.nn import (
     CouplingConv,
+    CouplingLayer,
     CouplingStack,
     DiracConv2d,
     DiracParametrization,
     DiracProjection,
+    HybridBlock,
     Invertible,
     dirac_,
     dirac_projection_,
@@ -238,3 +241,18 @@ def test_frozen_scales_stay_without_gradients() -> None:
     layer.backward_from_output(layer.forward_(torch.randn(2, 4, 5, 5)), torch.randn(2, 4, 5, 5))
     assert all(p.grad is None for p in frozen)
     assert all(p.grad is not None for p in layer.parameters() if p.requires_grad)
+
+
+def noise_per_layer(make: Any) -> float:
+    """Factor by which the ratio of signal to noise falls from one layer to the one below, inverted one by one."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(*[make() for _ in range(4)])
+    noise = measure_noise(layers, torch.randn(16, 16, 8, 8))
+    return float(noise.run_snr(1, 3, way="invert") / noise.run_snr(0, 3, way="invert"))
+
+
+def test_noise_of_an_inverted_coupling() -> None:
+    plain, dirac = (noise_per_layer(lambda d=d: CouplingLayer(16, dirac=d)) for d in (False, True))
+    assert dirac > 5 * plain
+    blocks, dirac_blocks = (noise_per_layer(lambda d=d: HybridBlock(16, dirac=d)) for d in (False, True))
+    assert dirac_blocks < 5 * blocks
