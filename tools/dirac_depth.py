@@ -156,6 +156,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for axis, title, words in zip(axes, titles, ("epoch", "layers", "epoch"), strict=True):
         axis.set_title(title)
         axis.set_xlabel(words)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     axes[1].set_xticks(depths)

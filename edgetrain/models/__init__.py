@@ -62,8 +62,10 @@ _NUMBERED_NAMES = (
 
 
 def model_names() -> list[str]:
-    """Names that :func:`create_model` knows; other numbers of the form ``resnet<6n+2>`` and ``wrn-<6N+4>-<k>`` (so too
-    ``diracnet-`` and ``plain-``) work besides."""
+    """Names that :func:`create_model` knows.
+
+    Any ``resnet<6n+2>`` works besides, and any 6N + 4 and k in ``wrn-<6N+4>-<k>``, ``diracnet-`` and ``plain-``.
+    """
     return [*_TABLE_MODELS, *_NUMBERED_NAMES]
 
 

@@ -50,7 +50,9 @@ def diracnet(
     """
     return pooled_chain(
         dirac_convolution,
-        depth=("diracnet", depth, widening),
+        family="diracnet",
+        depth=depth,
+        widening=widening,
         num_classes=num_classes,
         in_channels=in_channels,
         width=width,

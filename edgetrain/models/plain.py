@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from edgetrain.models.cifar_resnet import AveragePoolHead
-from edgetrain.models.parts import blocks_per_group
+from edgetrain.models.parts import blocks_per_group, check_stages
 
 VGG_WIDTHS = (64, 128, 256, 512, 512)
 
@@ -39,7 +39,11 @@ def vgg(
         layers: convolutions in each of the five groups.
         hidden: widths of linear layers before the last one, which then see 7x7 pixels; without, the mean of all pixels.
         dropout: after each hidden layer.
+
+    Raises:
+        UsageError: not five groups, or an empty one.
     """
+    check_stages(layers, len(VGG_WIDTHS) - 1)
     found: OrderedDict[str, nn.Module] = OrderedDict()
     previous = in_channels
     for k, (channels, count) in enumerate(zip(VGG_WIDTHS, layers, strict=True)):
@@ -67,7 +71,9 @@ def plain(
     """The control of :func:`edgetrain.models.diracnet.diracnet`, whose arguments it takes, with ordinary weights."""
     return pooled_chain(
         plain_convolution,
-        depth=("plain", depth, widening),
+        family="plain",
+        depth=depth,
+        widening=widening,
         num_classes=num_classes,
         in_channels=in_channels,
         width=width,
@@ -77,7 +83,9 @@ def plain(
 def pooled_chain(
     convolution: Callable[[int, int], nn.Conv2d],
     *,
-    depth: tuple[str, int, int],
+    family: str,
+    depth: int,
+    widening: int,
     num_classes: int,
     in_channels: int,
     width: int,
@@ -86,14 +94,14 @@ def pooled_chain(
 
     Args:
         convolution: makes one of the groups from its channels in and out.
-        depth: family, 6N + 4 and k.
+        family: for the message of an error.
+        depth: 6N + 4; ``widening`` is k.
         width: channels of the stem, which is an ordinary convolution.
 
     Raises:
         UsageError: the depth is not 6N + 4, or k below 1.
     """
-    _, _, widening = depth
-    count = 2 * blocks_per_group(*depth)
+    count = 2 * blocks_per_group(family, depth, widening)
     layers: OrderedDict[str, nn.Module] = OrderedDict(stem=activated(plain_convolution(in_channels, width)))
     previous = width
     for k in range(3):

@@ -2,7 +2,7 @@
 
 A convolution of 16 channels, three groups of N pre-activation blocks (He et al. 2016b) with 16k, 32k and 64k channels,
 batch norm, ReLU, mean over the pixels, linear; n = 6N + 4. Block B(3, 3): BN - ReLU - conv - BN - ReLU - [dropout] -
-conv; where the width or the stride changes, the shortcut is a convolution of size 1 of the activated input. N counts
+conv; where the width or the stride changes, the shortcut is a convolution of size 1 of the activated input. n counts
 those three and the first convolution: n = 1 + 6N + 3.
 
 Parameters, 10 classes: 0.2 M (16-1), 0.7 M (16-2), 0.6 M (40-1), 2.2 M (40-2), 2.7 M (16-4), 8.9 M (40-4), 11.0 M

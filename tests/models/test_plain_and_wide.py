@@ -115,6 +115,8 @@ def test_hidden_layers_of_a_vgg() -> None:
     model = edgetrain.create_model("vgg16", 7, layers=(1, 1, 1, 1, 1), hidden=(8, 9))
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
     assert [m.out_features for m in model.modules() if isinstance(m, nn.Linear)] == [8, 9, 7]
+    with pytest.raises(UsageError, match="5 block counts"):
+        edgetrain.create_model("vgg16", layers=(2, 2, 3, 3))
 
 
 @pytest.mark.parametrize("name", ["wrn-17-2", "diracnet-29-5", "plain-35", "wrn-4-1"])
