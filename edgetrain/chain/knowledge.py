@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from edgetrain.chain.flow import Flow, Kind, is_layer
 from edgetrain.chain.tracing import Ref, UntraceableError, trace
@@ -74,7 +75,9 @@ class Knowledge:
         """Whether the output of ``module`` may share memory with its input."""
         if isinstance(module, nn.Identity):
             return True
-        if type(module).__module__ in FRESH_LAYERS or isinstance(module, Invertible):
+        # torch gives a layer with a parametrised weight a class of its own; its forward stays
+        fresh = is_layer(module) and type(module).forward.__module__ in FRESH_LAYERS
+        if fresh or isinstance(module, Invertible):
             return bool(getattr(module, "inplace", False))
         if is_layer(module):
             return True
@@ -174,7 +177,7 @@ def signature(module: nn.Module) -> Any:
         return tuple(
             (
                 path,
-                type(m),
+                type_before_parametrizations(m),  # what makes the weight is a module inside
                 closed(m),
                 tuple((k, _frozen(v)) for k, v in m.__dict__.items() if k not in _INTERNAL | _record(m)),
                 tuple(

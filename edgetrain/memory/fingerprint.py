@@ -7,6 +7,7 @@ import pickle
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 
 def fingerprint(module: nn.Module, i: int) -> Any:
@@ -19,6 +20,12 @@ def fingerprint(module: nn.Module, i: int) -> Any:
                 return None
             number = numbers.setdefault(id(value), len(numbers))
             return number, tuple(value.shape), tuple(value.stride()), str(value.dtype), value.requires_grad
+
+        def reducer_override(self, value: Any) -> Any:
+            # torch refuses to pickle a module with a parametrised weight, whose class is made for it alone
+            if isinstance(value, nn.Module) and is_parametrized(value):
+                return type_before_parametrizations, (type_before_parametrizations(value),), vars(value)
+            return NotImplemented
 
     written = io.BytesIO()
     try:

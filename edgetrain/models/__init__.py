@@ -13,21 +13,29 @@ from torch import nn
 
 from edgetrain.errors import UsageError, near_matches
 from edgetrain.models.cifar_resnet import cifar_resnet
+from edgetrain.models.diracnet import diracnet, imagenet_diracnet
 from edgetrain.models.parts import POOLINGS
+from edgetrain.models.plain import plain, vgg
 from edgetrain.models.residual import resnet, revnet
 from edgetrain.models.reversible import hybrid, irevnet, layerwise
+from edgetrain.models.wide_resnet import wide_resnet
 
 __all__ = [
     "cifar_resnet",
     "create_model",
+    "diracnet",
     "hybrid",
+    "imagenet_diracnet",
     "irevnet",
     "layerwise",
     "model_names",
+    "plain",
     "pooling_letters",
     "pooling_sequences",
     "resnet",
     "revnet",
+    "vgg",
+    "wide_resnet",
 ]
 
 _TABLE_MODELS: dict[str, Callable[..., nn.Sequential]] = {
@@ -36,13 +44,29 @@ _TABLE_MODELS: dict[str, Callable[..., nn.Sequential]] = {
     "irevnet18": irevnet,
     "layerwise18": layerwise,
     "hybrid18": hybrid,
+    "diracnet-18": functools.partial(imagenet_diracnet, 18),
+    "diracnet-34": functools.partial(imagenet_diracnet, 34),
+    "vgg16": vgg,
 }
-_CIFAR_DEPTHS = (20, 32, 44, 56, 110, 1202)
+_NUMBERED_MODELS: dict[str, Callable[..., nn.Sequential]] = {
+    r"resnet(\d+)": cifar_resnet,
+    r"wrn-(\d+)-(\d+)": wide_resnet,
+    r"diracnet-(\d+)-(\d+)": diracnet,
+    r"plain-(\d+)(?:-(\d+))?": plain,
+}
+"""By the form of the name; the numbers in it, 1 where one is left out, are the first arguments."""
+_NUMBERED_NAMES = (
+    *(f"resnet{depth}" for depth in (20, 32, 44, 56, 110, 1202)),
+    *("wrn-16-1", "wrn-16-2", "wrn-28-10", "diracnet-28-5", "diracnet-28-10", "plain-34"),
+)
 
 
 def model_names() -> list[str]:
-    """Names that :func:`create_model` knows; any ``resnet<6n+2>`` works besides."""
-    return [*_TABLE_MODELS, *(f"resnet{depth}" for depth in _CIFAR_DEPTHS)]
+    """Names that :func:`create_model` knows.
+
+    Any ``resnet<6n+2>`` works besides, and any 6N + 4 and k in ``wrn-<6N+4>-<k>``, ``diracnet-`` and ``plain-``.
+    """
+    return [*_TABLE_MODELS, *_NUMBERED_NAMES]
 
 
 def create_model(name: str, num_classes: int = 10, **options: Any) -> nn.Sequential:
@@ -68,8 +92,8 @@ def create_model(name: str, num_classes: int = 10, **options: Any) -> nn.Sequent
 def pooling_sequences(name: str, **options: Any) -> tuple[tuple[str, ...], ...]:
     """Every ``pooling`` that :func:`create_model` takes with the other ``options``: one pooling between two stages.
 
-    The families that can be inverted pool by channels or by batch. ResNet and RevNet of the table pool by maximum
-    alone, and CIFAR ResNets by strides.
+    The families that can be inverted pool by channels or by batch. ResNet and RevNet of the table and the plain chains
+    pool by maximum alone, CIFAR ResNets and wide ones by strides.
 
     Raises:
         UsageError: no network of the zoo has that name, or its pooling cannot be chosen.
@@ -103,7 +127,9 @@ def _takes_pooling(family: Callable[..., nn.Sequential]) -> bool:
 
 def _family(name: str) -> Callable[..., nn.Sequential] | None:
     """What makes the network of that name; None where there is none."""
-    match = re.fullmatch(r"resnet(\d+)", name)
-    if name in _TABLE_MODELS or match is None:
-        return _TABLE_MODELS.get(name)
-    return functools.partial(cifar_resnet, int(match.group(1)))
+    if name in _TABLE_MODELS:
+        return _TABLE_MODELS[name]
+    for form, family in _NUMBERED_MODELS.items():
+        if match := re.fullmatch(form, name):
+            return functools.partial(family, *(int(number or 1) for number in match.groups()))
+    return None

@@ -169,3 +169,19 @@ def check_stages(blocks: Sequence[int], transitions: int) -> None:
             expected="one stage more than transitions, each with a block at least",
             action=f"give {transitions + 1} block counts above zero",
         )
+
+
+def blocks_per_group(family: str, depth: int, widening: int) -> int:
+    """N of a network of three groups and n = 6N + 4 layers.
+
+    Raises:
+        UsageError: the depth is another, or ``widening``, its k, below 1.
+    """
+    if depth < 10 or (depth - 4) % 6 or widening < 1:
+        near = 6 * max(1, round((depth - 4) / 6)) + 4
+        raise UsageError(
+            found=f"{family}-{depth}-{widening}",
+            expected="a depth of 6N + 4 and a width of at least 1",
+            action=f"use {family}-{near}-{max(1, widening)}",
+        )
+    return (depth - 4) // 6

@@ -79,18 +79,20 @@ def revnet(
     depth: int = 2,
     slope: float = 0.1,
     exact: bool = False,
+    dirac: bool = False,
 ) -> nn.Sequential:
     """RevNet of the source (Gomez et al. 2017); arguments as :func:`resnet`.
 
     Args:
         depth: convolutions per module.
         exact: invert without noise, :class:`ReversibleBlock`.
+        dirac: convolutions with a Dirac weight, :mod:`edgetrain.nn.dirac`, but for the first one.
     """
 
     def block(channels: int, pooled: bool) -> nn.Module:
         return ReversibleBlock(
-            residual_module(channels // 2, depth=depth, slope=slope),
-            residual_module(channels // 2, depth=depth, slope=slope),
+            residual_module(channels // 2, depth=depth, slope=slope, dirac=dirac),
+            residual_module(channels // 2, depth=depth, slope=slope, dirac=dirac),
             exact=exact,
         )
 

@@ -27,15 +27,16 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from edgetrain.models.parts import Head, check_stages, pool, stem
-from edgetrain.nn import CouplingLayer, HybridBlock, InvertibleBatchNorm, ReversibleBlock
+from edgetrain.nn import CouplingLayer, DiracConv2d, HybridBlock, InvertibleBatchNorm, ReversibleBlock
 
 
-def residual_module(channels: int, *, depth: int = 2, slope: float = 0.1) -> nn.Sequential:
+def residual_module(channels: int, *, depth: int = 2, slope: float = 0.1, dirac: bool = False) -> nn.Sequential:
     """``depth`` times conv -> batch norm -> leaky ReLU on ``channels``, the f and g of RevNet and i-RevNet."""
+    convolution = DiracConv2d if dirac else nn.Conv2d
     layers: list[nn.Module] = []
     for _ in range(depth):
         layers += [
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            convolution(channels, channels, 3, padding=1, bias=False),
             nn.BatchNorm2d(channels),
             nn.LeakyReLU(slope, inplace=True),
         ]
@@ -52,6 +53,7 @@ def irevnet(
     depth: int = 2,
     slope: float = 0.1,
     exact: bool = False,
+    dirac: bool = False,
 ) -> nn.Sequential:
     """i-RevNet (Jacobsen et al. 2018) with RevNet-like modules: x (n, in_channels, h, w) -> logits (n, num_classes).
 
@@ -62,12 +64,13 @@ def irevnet(
         depth: convolutions per module.
         slope: of the leaky ReLU.
         exact: invert without noise, :class:`ReversibleBlock`.
+        dirac: convolutions with a Dirac weight, :mod:`edgetrain.nn.dirac`, but for the first one.
     """
 
     def block(channels: int) -> nn.Module:
         return ReversibleBlock(
-            residual_module(channels // 2, depth=depth, slope=slope),
-            residual_module(channels // 2, depth=depth, slope=slope),
+            residual_module(channels // 2, depth=depth, slope=slope, dirac=dirac),
+            residual_module(channels // 2, depth=depth, slope=slope, dirac=dirac),
             exact=exact,
         )
 
@@ -83,6 +86,7 @@ def layerwise(
     pooling: Sequence[str] = ("channel", "channel", "batch"),
     slope: float = 0.1,
     eps_i: float = 0.1,
+    dirac: bool = False,
 ) -> nn.Sequential:
     """Layer-wise invertible network (Hascoet et al. 2023, Figure 7); arguments as :func:`irevnet`.
 
@@ -91,7 +95,7 @@ def layerwise(
         eps_i: of the invertible batch norm, (3.23).
     """
     return _volume_preserving(
-        lambda channels: CouplingLayer(channels, slope=slope, eps_i=eps_i),
+        lambda channels: CouplingLayer(channels, slope=slope, eps_i=eps_i, dirac=dirac),
         num_classes,
         in_channels,
         width,
@@ -112,6 +116,7 @@ def hybrid(
     slope: float = 0.1,
     eps_i: float = 0.1,
     exact: bool = False,
+    dirac: bool = False,
 ) -> nn.Sequential:
     """Hybrid network (Hascoet et al. 2023, Figure 8); arguments as :func:`irevnet`.
 
@@ -120,7 +125,7 @@ def hybrid(
         eps_i: of the invertible batch norm, (3.23).
     """
     return _volume_preserving(
-        lambda channels: HybridBlock(channels, depth=depth, slope=slope, eps_i=eps_i, exact=exact),
+        lambda channels: HybridBlock(channels, depth=depth, slope=slope, eps_i=eps_i, exact=exact, dirac=dirac),
         num_classes,
         in_channels,
         width,

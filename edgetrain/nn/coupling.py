@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from edgetrain.errors import ModelError
 from edgetrain.nn.activation import InvertibleLeakyReLU
 from edgetrain.nn.batchnorm import InvertibleBatchNorm, accumulate
+from edgetrain.nn.dirac import dirac_
 from edgetrain.nn.grid import Grid
 from edgetrain.nn.invertible import Invertible
 from edgetrain.nn.sequential import InvertibleSequential
@@ -28,12 +29,13 @@ class CouplingConv(Invertible):
     Args:
         channels: c, even.
         kernel_size: odd.
+        dirac: give both convolutions a Dirac weight, :mod:`edgetrain.nn.dirac`.
 
     Raises:
         ModelError: the channels have no halves, or the kernel no centre.
     """
 
-    def __init__(self, channels: int, *, kernel_size: int = 3) -> None:
+    def __init__(self, channels: int, *, kernel_size: int = 3, dirac: bool = False) -> None:
         super().__init__()
         check_halves(channels)
         if kernel_size % 2 == 0:
@@ -45,6 +47,9 @@ class CouplingConv(Invertible):
         half, padding = channels // 2, kernel_size // 2
         self.f = nn.Conv2d(half, half, kernel_size, padding=padding, bias=False)
         self.g = nn.Conv2d(half, half, kernel_size, padding=padding, bias=False)
+        if dirac:
+            dirac_(self.f)
+            dirac_(self.g)
 
     def forward(self, x: Tensor) -> Tensor:
         x1, x2 = x.chunk(2, 1)
@@ -102,14 +107,15 @@ class CouplingLayer(InvertibleSequential):
         channels: c, even.
         slope: of the leaky ReLU, :class:`InvertibleLeakyReLU`.
         eps_i: of the batch norm, :class:`InvertibleBatchNorm`.
+        dirac: as for :class:`CouplingConv`.
     """
 
-    def __init__(self, channels: int, *, slope: float = 0.1, eps_i: float = 0.1) -> None:
+    def __init__(self, channels: int, *, slope: float = 0.1, eps_i: float = 0.1, dirac: bool = False) -> None:
         self.conv: CouplingConv
         self.norm: InvertibleBatchNorm
         self.act: InvertibleLeakyReLU
         super().__init__(
-            conv=CouplingConv(channels),
+            conv=CouplingConv(channels, dirac=dirac),
             norm=InvertibleBatchNorm(channels, eps_i=eps_i),
             act=InvertibleLeakyReLU(slope),
         )
@@ -128,11 +134,15 @@ class CouplingStack(InvertibleSequential):
     Args:
         channels: c, even.
         depth: number of coupling layers, at least 1.
-        slope: as for :class:`CouplingLayer`, and ``eps_i``.
+        slope: as for :class:`CouplingLayer`, and ``eps_i`` and ``dirac``.
     """
 
-    def __init__(self, channels: int, *, depth: int = 2, slope: float = 0.1, eps_i: float = 0.1) -> None:
-        super().__init__(**{f"layer{k}": CouplingLayer(channels, slope=slope, eps_i=eps_i) for k in range(depth)})
+    def __init__(
+        self, channels: int, *, depth: int = 2, slope: float = 0.1, eps_i: float = 0.1, dirac: bool = False
+    ) -> None:
+        super().__init__(
+            **{f"layer{k}": CouplingLayer(channels, slope=slope, eps_i=eps_i, dirac=dirac) for k in range(depth)}
+        )
 
     @torch.no_grad()
     def backward_as_residual(
@@ -206,12 +216,17 @@ def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _convolution_backward(conv: nn.Conv2d, x: Tensor, dy: Tensor, dx: Tensor) -> None:
-    """Adds the gradient with respect to ``x`` to ``dx`` and that of the weight to its ``.grad``, in place."""
-    mask = [True, conv.weight.requires_grad, False]
+    """Adds the gradient with respect to ``x`` to ``dx`` and that of the weight to its ``.grad``, in place.
+
+    The weight of a parametrised convolution is computed here, and its gradient goes on to what it was computed from.
+    """
+    with torch.enable_grad():
+        weight = conv.weight
+    mask = [True, weight.requires_grad, False]
     gradient, weight_gradient, _ = torch.ops.aten.convolution_backward(
         dy.contiguous(),
         x,
-        conv.weight,
+        weight,
         None,
         conv.stride,
         conv.padding,
@@ -222,8 +237,12 @@ def _convolution_backward(conv: nn.Conv2d, x: Tensor, dy: Tensor, dx: Tensor) ->
         mask,
     )
     dx.add_(gradient)
-    if weight_gradient is not None:
-        accumulate(conv.weight, weight_gradient)
+    if weight_gradient is None:
+        return
+    if weight.is_leaf:
+        accumulate(weight, weight_gradient)
+    else:
+        torch.autograd.backward([weight], [weight_gradient])
 
 
 def _zero_sums(x: Tensor) -> tuple[Tensor, Tensor]:

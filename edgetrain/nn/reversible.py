@@ -241,15 +241,23 @@ class HybridBlock(ReversibleBlock):
         slope: of the leaky ReLU.
         eps_i: of the batch norm.
         exact: as for :class:`ReversibleBlock`.
+        dirac: as for :class:`CouplingLayer`.
     """
 
     def __init__(
-        self, channels: int, *, depth: int = 2, slope: float = 0.1, eps_i: float = 0.1, exact: bool = False
+        self,
+        channels: int,
+        *,
+        depth: int = 2,
+        slope: float = 0.1,
+        eps_i: float = 0.1,
+        exact: bool = False,
+        dirac: bool = False,
     ) -> None:
         check_halves(channels)
         half = channels // 2
         super().__init__(
-            CouplingStack(half, depth=depth, slope=slope, eps_i=eps_i),
-            CouplingStack(half, depth=depth, slope=slope, eps_i=eps_i),
+            CouplingStack(half, depth=depth, slope=slope, eps_i=eps_i, dirac=dirac),
+            CouplingStack(half, depth=depth, slope=slope, eps_i=eps_i, dirac=dirac),
             exact=exact,
         )

@@ -1,7 +1,7 @@
 """Training: recipe, loop, checkpoints, data."""
 
 from edgetrain.train.checkpoint import load_weights, save_checkpoint, write_atomically
-from edgetrain.train.recipe import Recipe
+from edgetrain.train.recipe import Recipe, undecayed_parameters
 from edgetrain.train.trainer import EpochRecord, InterruptedRunError, StepRecord, Trainer, evaluate
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "evaluate",
     "load_weights",
     "save_checkpoint",
+    "undecayed_parameters",
     "write_atomically",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -23,7 +24,7 @@ from edgetrain.errors import EdgetrainError, TrainingError
 from edgetrain.planner import Plan
 from edgetrain.runtime import wrap
 from edgetrain.train.checkpoint import save_checkpoint, write_atomically
-from edgetrain.train.recipe import Recipe
+from edgetrain.train.recipe import Recipe, undecayed_parameters
 
 Batch = tuple[Tensor, Tensor]
 
@@ -127,10 +128,11 @@ class Trainer:
         self.device = torch.device(device)
         self.history: list[EpochRecord] = []
         self._on_step = on_step
-        self._net = wrap(model, plan, optimizer=self.recipe.optimizer)
+        make_optimizer = functools.partial(self.recipe.optimizer, undecayed=undecayed_parameters(self.model))
+        self._net = wrap(model, plan, optimizer=make_optimizer)
         # those of the blocks, which the plan steps in the backward pass, or one that steps after it
         self._optimizers: list[torch.optim.Optimizer] = list(self._net.optimizers.values())
-        self._last = None if self._optimizers else self.recipe.optimizer(self._trained())
+        self._last = None if self._optimizers else make_optimizer(self._trained())
         self._optimizers += [] if self._last is None else [self._last]
         self._step = 0
 

@@ -35,6 +35,34 @@ def test_snr_depth() -> None:
     assert all(0.3 < row["predicted_snr"] / row["snr"] < 2 for row in rows if row["snr"] > 10)
 
 
+def write_idx(folder: Path, prefix: str, count: int) -> None:
+    images, labels = (
+        torch.randint(0, 256, (count, 28, 28), dtype=torch.uint8),
+        torch.arange(count, dtype=torch.uint8) % 10,
+    )
+    for kind, values in (("images-idx3", images), ("labels-idx1", labels)):
+        header = bytes((0, 0, 8, values.dim())) + b"".join(size.to_bytes(4, "big") for size in values.shape)
+        (folder / f"{prefix}-{kind}-ubyte").write_bytes(header + values.numpy().tobytes())
+
+
+@pytest.mark.slow
+def test_dirac_depth(tmp_path: Path) -> None:
+    write_idx(tmp_path, "train", 40)
+    write_idx(tmp_path, "t10k", 20)
+    small = ("--depths", "10", "--sigmas", "0.01", "--epochs", "2", "--batch", "20", "--width", "4")
+    kept = tmp_path / "kept.jsonl"
+    out = ("--out", str(tmp_path / "out"), "--keep", str(kept))
+    rows = run("dirac_depth.py", "--data", str(tmp_path), *small, *out)["rows"]
+    assert [(row["network"], row["depth"], row["sigma"]) for row in rows] == [
+        ("plain", 10, None),
+        ("dirac", 10, None),
+        ("I + W", 28, 0.01),
+    ]
+    assert all([point["epoch"] for point in row["curve"]] == [1, 2] for row in rows)
+    assert len(kept.read_text().splitlines()) == 3
+    assert (tmp_path / "out" / "dirac_depth.png").stat().st_size > 10_000
+
+
 def test_gpu_evidence_without_a_gpu() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
