@@ -16,6 +16,7 @@ from edgetrain.chain import chain_of
 from edgetrain.memory import measure_costs, measure_peak, predicted_times
 from edgetrain.memory.rates import OperatorRates
 from edgetrain.planner import Planner
+from edgetrain.planner.uniform import UNIFORM_MODES
 
 BOUND = 1e-10
 RATES = OperatorRates({64: 5e10}, 1e10, 6e9, 5e-6, 0.0, "round numbers")
@@ -32,7 +33,6 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     # with a near 1, a coupling adds channel to channel, and inverting it multiplies noise: few layers in a row
     "layerwise": ("layerwise18", {"width": 4, "blocks": (1, 1), "pooling": ("channel",), "slope": 0.5, "dirac": True}),
 }
-MODES = ("keep_all", "selective", "recompute", "invert", "invert_layerwise")
 
 
 def small(name: str) -> nn.Sequential:
@@ -66,7 +66,7 @@ def assert_same_step(model: nn.Module, plan: Any) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10, msg=name)
 
 
-@pytest.mark.parametrize(("name", "mode"), list(itertools.product(SMALL, MODES)))
+@pytest.mark.parametrize(("name", "mode"), list(itertools.product(SMALL, UNIFORM_MODES)))
 def test_gradients_in_every_mode(name: str, mode: Any) -> None:
     model = small(name)
     pixels = size(name)
