@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from edgetrain import chain, export, memory, models, nn, planner, runtime, train
     from edgetrain.chain import freeze
-    from edgetrain.export import export_onnx
+    from edgetrain.export import export_onnx, fold
     from edgetrain.memory import Estimate, estimate
     from edgetrain.models import create_model
     from edgetrain.planner import Plan, plan, uniform_plan
@@ -25,6 +25,7 @@ _HOMES = {
     "Estimate": "edgetrain.memory",
     "estimate": "edgetrain.memory",
     "export_onnx": "edgetrain.export",
+    "fold": "edgetrain.export",
     "freeze": "edgetrain.chain",
     "Plan": "edgetrain.planner",
     "plan": "edgetrain.planner",
@@ -46,6 +47,7 @@ __all__ = [
     "estimate",
     "export",
     "export_onnx",
+    "fold",
     "freeze",
     "memory",
     "models",

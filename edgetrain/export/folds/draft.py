@@ -1,0 +1,102 @@
+"""A network while it is being folded: a copy of its modules, and its operations as a graph.
+
+The folds change the copy's weights and the graph; what they ask again and again is answered here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch.fx
+from torch import Tensor, nn
+
+from edgetrain.export.folds.report import Fold
+
+Weighted = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d | nn.Linear
+"""The layers that folds go into."""
+
+
+@dataclass
+class Draft:
+    """A network being folded.
+
+    Attributes:
+        root: holds the modules that the graph calls; a copy, whose weights the folds change.
+        graph: what the network does, in the order of execution; no operation of it works in place.
+        origins: for each parameter or buffer of ``root``, the original ones that went into it.
+        done: the folds so far.
+        skipped: what stays, with its reason.
+    """
+
+    root: nn.Module
+    graph: torch.fx.Graph
+    origins: dict[str, tuple[str, ...]]
+    done: list[Fold] = field(default_factory=list)
+    skipped: list[Fold] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._calls = Counter(node.target for node in self.graph.nodes if node.op == "call_module")
+
+    def module(self, node: torch.fx.Node) -> nn.Module | None:
+        """The layer of torch that ``node`` calls; None where it is another operation."""
+        module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return module if module is not None and is_layer(module) and not has_hooks(module) else None
+
+    def weighted(self, node: torch.fx.Node) -> Weighted | None:
+        """The convolution or linear layer that ``node`` calls."""
+        module = self.module(node)
+        return module if isinstance(module, Weighted) else None
+
+    def times_called(self, node: torch.fx.Node) -> int:
+        """How often the module of ``node`` is called in the network."""
+        return self._calls[node.target]
+
+    def replace(self, node: torch.fx.Node, value: torch.fx.Node) -> None:
+        """Everything that used ``node`` uses ``value``, and ``node`` goes."""
+        node.replace_all_uses_with(value)
+        self.graph.erase_node(node)
+
+    def drop_unused(self) -> None:
+        """Takes away what nobody reads; nothing in evaluation mode has an effect besides its result."""
+        for node in reversed(list(self.graph.nodes)):
+            if not node.users and node.op not in ("placeholder", "output"):
+                self.graph.erase_node(node)
+
+    def grow(self, name: str, sources: Iterable[str]) -> None:
+        """Notes that the parameters or buffers ``sources`` have gone into the parameter ``name``."""
+        added = [origin for source in sources for origin in self.origins.get(source, (source,))]
+        self.origins[name] = tuple(dict.fromkeys([*self.origins.get(name, ()), *added]))
+
+    def tensor(self, node: object) -> Tensor | None:
+        """The parameter, buffer or attribute that ``node`` reads."""
+        if not isinstance(node, torch.fx.Node) or node.op != "get_attr":
+            return None
+        path, _, name = str(node.target).rpartition(".")
+        value = getattr(self.root.get_submodule(path), name, None)
+        return value if isinstance(value, Tensor) else None
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether what ``module`` does is written in torch: its own classes, and subclasses that keep ``forward``."""
+    return type(module).forward.__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether more happens on a call than ``forward``."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def describe(node: torch.fx.Node) -> str:
+    """What a person calls the operation: the path of its module or the name of its function."""
+    if node.op == "placeholder":
+        return "the input"
+    if node.op in ("call_module", "call_method", "get_attr"):
+        return str(node.target)
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def name_of(node: torch.fx.Node) -> str:
+    """The function's or method's name; of a module, the class is asked instead."""
+    return describe(node) if node.op in ("call_function", "call_method") else ""
