@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from edgetrain import chain, export, memory, models, nn, planner, runtime, train
     from edgetrain.chain import freeze
-    from edgetrain.export import export_onnx, fold
+    from edgetrain.export import export_onnx, fold, infer
     from edgetrain.memory import Estimate, estimate
     from edgetrain.models import create_model
     from edgetrain.planner import Plan, plan, uniform_plan
@@ -27,6 +27,7 @@ _HOMES = {
     "export_onnx": "edgetrain.export",
     "fold": "edgetrain.export",
     "freeze": "edgetrain.chain",
+    "infer": "edgetrain.export",
     "Plan": "edgetrain.planner",
     "plan": "edgetrain.planner",
     "Trainer": "edgetrain.train",
@@ -49,6 +50,7 @@ __all__ = [
     "export_onnx",
     "fold",
     "freeze",
+    "infer",
     "memory",
     "models",
     "nn",

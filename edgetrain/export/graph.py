@@ -11,26 +11,30 @@ any other constant after the node and the input that take it (``head/Reshape.sha
 
 from __future__ import annotations
 
+import copy
+import operator
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from edgetrain.errors import ExportError, MissingExtraError
+from edgetrain.export.images import NETWORK
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto
 
+    from edgetrain.export.fold import Plain
+
 INPUT, OUTPUT = "images", "logits"
-NETWORK = "network."
-"""Prefix of the parameters of a module behind its normalisation, left out of every name in the graph."""
 
 
-def write_graph(module: nn.Module, sample: Tensor, path: Path, *, opset: int, batch_size: int | None) -> ModelProto:
-    """``module``, which is in evaluation mode and on the CPU, as a graph in ``path``.
+def write_graph(plain: Plain, sample: Tensor, path: Path, *, opset: int, batch_size: int | None) -> ModelProto:
+    """A folded module on the CPU as a graph in ``path``.
 
     Args:
         sample: (n, c, h, w), to trace with.
@@ -47,12 +51,13 @@ def write_graph(module: nn.Module, sample: Tensor, path: Path, *, opset: int, ba
     dynamic = {INPUT: {0: "batch"}, OUTPUT: {0: "batch"}} if batch_size is None else None
     if batch_size is not None:
         sample = sample[:1].expand(batch_size, *sample.shape[1:]).contiguous()  # (batch_size, c, h, w)
+    flat = flattened(plain)
     with warnings.catch_warnings(), torch.no_grad():
         # this graph writer is marked as deprecated, and it warns of every shape that the trace fixes
         warnings.simplefilter("ignore")
         try:
             torch.onnx.export(
-                module,
+                flat,
                 (sample,),
                 str(path),
                 dynamo=False,
@@ -70,9 +75,30 @@ def write_graph(module: nn.Module, sample: Tensor, path: Path, *, opset: int, ba
             ) from error
     graph = onnx.load(str(path))
     unshare(graph)
-    rename(graph, kept={name.removeprefix(NETWORK) for name in module.state_dict()})
+    rename(graph, kept={plain_name(name) for name in flat.state_dict()})
     onnx.save(graph, str(path))
     return graph
+
+
+def flattened(plain: Plain) -> torch.fx.GraphModule:
+    """``plain`` with every layer directly in the root, called after its whole path (``stage1/0/f``).
+
+    The graph writer names a node after the last part of its module's path alone. A linear layer without a bias gets
+    one of zeros: with it the writer keeps the weight as it is, else it writes a transposed copy that has no name.
+    """
+    graph = copy.deepcopy(plain.graph)
+    parts: dict[str, Any] = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            layer = plain.get_submodule(node.target)
+            if isinstance(layer, nn.Linear) and layer.bias is None:
+                layer = copy.copy(layer)
+                layer._parameters = {**layer._parameters, "bias": nn.Parameter(torch.zeros(layer.out_features), False)}
+            node.target = node.target.replace(".", "/")
+            parts[node.target] = layer
+        elif node.op == "get_attr":
+            parts[node.target] = operator.attrgetter(node.target)(plain)
+    return torch.fx.GraphModule(parts, graph, class_name="Plain").eval()
 
 
 def unshare(model: ModelProto) -> None:
@@ -98,10 +124,10 @@ def rename(model: ModelProto, kept: set[str]) -> None:
     names: dict[str, str] = {}
     taken = {value.name for value in [*graph.input, *graph.output]} | kept
     for node in graph.node:
-        node.name = _plain(node.name) or f"{node.op_type}_{len(names)}"
+        node.name = _place(node.name) or f"{node.op_type}_{len(names)}"
     roles = _roles(model)
     for initialiser in graph.initializer:
-        plain = _plain(initialiser.name)
+        plain = plain_name(initialiser.name)
         names[initialiser.name] = plain if plain in kept else _free(roles.get(initialiser.name, plain), taken)
     for node in graph.node:
         for k, output in enumerate(node.output):
@@ -110,9 +136,14 @@ def rename(model: ModelProto, kept: set[str]) -> None:
     _apply(graph, names)
 
 
-def _plain(name: str) -> str:
-    """``/network/stem/Conv`` -> ``stem/Conv``, ``network.stem.weight`` -> ``stem.weight``."""
-    return name.removeprefix("/").removeprefix("network/").removeprefix(NETWORK)
+def plain_name(name: str) -> str:
+    """A parameter's name in the training module: ``network/stem.weight`` -> ``stem.weight``."""
+    return name.replace("/", ".").removeprefix(NETWORK)
+
+
+def _place(name: str) -> str:
+    """A node's name without the part around the network: ``/network/stem/Conv`` -> ``stem/Conv``."""
+    return name.removeprefix("/").removeprefix(NETWORK.replace(".", "/"))
 
 
 def _free(name: str, taken: set[str]) -> str:

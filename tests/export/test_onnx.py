@@ -9,7 +9,7 @@ import torch
 
 import edgetrain
 from edgetrain.errors import ExportError
-from edgetrain.export import onnx as export_module
+from edgetrain.export.verify import BOUNDS
 
 
 @pytest.mark.parametrize("name", ["hybrid18", "layerwise18", "revnet18", "resnet18", "resnet20"])
@@ -21,12 +21,12 @@ def test_trained_statistics_are_exported(name: str, tmp_path: Path) -> None:
         for _ in range(3):
             model(torch.randn(8, 3, 16, 16))
     images = torch.randn(5, 3, 16, 16)
-    verification = edgetrain.export_onnx(model, tmp_path / "m.onnx", input_shape=(3, 16, 16), images=images)
-    assert verification.images == 5
-    assert verification.max_difference < 1e-5
-    assert verification.top1_agreement == 1.0
+    exported = edgetrain.export_onnx(model, tmp_path / "m.onnx", input_shape=(3, 16, 16), images=images)
+    assert exported.images == 5
+    assert exported.max_difference < 1e-5
+    assert exported.top1_agreement == 1.0
     assert model.training
-    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.certificate.json", "m.onnx"]
 
 
 def test_the_graph_takes_any_batch_size(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_the_graph_takes_any_batch_size(tmp_path: Path) -> None:
 
 
 def test_a_graph_that_disagrees_gets_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_module, "TOLERANCE", -1.0)
+    monkeypatch.setitem(BOUNDS, "fp32", -1.0)
     with pytest.raises(ExportError, match="no file was written"):
         edgetrain.export_onnx(edgetrain.create_model("hybrid18", width=8), tmp_path / "m.onnx", input_shape=(3, 16, 16))
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,160 @@
+"""``edgetrain export``: a run directory to a verified file for a device."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from edgetrain.errors import UsageError, near_matches
+from edgetrain.units import format_mib
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from edgetrain.export.describe import About
+    from edgetrain.export.images import ImageSet
+    from edgetrain.export.onnx import Export
+    from edgetrain.export.verify import Precision
+
+FORMATS = ("onnx", "tensorrt")
+CALIBRATION_IMAGES = 256
+
+
+def export(
+    run: Annotated[Path | None, typer.Argument(help="Run directory of edgetrain train.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="In place of a run: a network with fresh weights, to try a device.")
+    ] = None,
+    input_shape: Annotated[str, typer.Option("--input", help="Shape of one image, with --model.")] = "3x32x32",
+    num_classes: Annotated[int, typer.Option("--num-classes", min=2, help="Classes, with --model.")] = 10,
+    format: Annotated[str, typer.Option(help="onnx or tensorrt.")] = "onnx",
+    device: Annotated[str | None, typer.Option(help="Profile of the device, like orin-nano-8gb.")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "fp32",
+    batch: Annotated[int | None, typer.Option(min=1, help="Fixed batch; without it any size.")] = None,
+    images: Annotated[int, typer.Option(min=1, help="Test images to compare on.")] = 64,
+    out: Annotated[Path | None, typer.Option(help="File to write; default: in the run directory.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Print folds, findings and the refit map.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the certificate as one JSON document.")] = False,
+) -> None:
+    """Export a trained network: folded, checked, and compared with PyTorch before the file gets its name."""
+    if format not in FORMATS:
+        raise UsageError(
+            found=f"--format {format}",
+            expected="one of " + ", ".join(FORMATS),
+            action=near_matches(format, list(FORMATS)),
+        )
+    exported = run_export(
+        run=run,
+        model=model,
+        input_shape=input_shape,
+        num_classes=num_classes,
+        device=device,
+        precision=precision,
+        batch=batch,
+        images=images,
+        out=out,
+    )
+    if as_json:
+        document: dict[str, Any] = {"path": str(exported.path), "certificate_path": str(exported.certificate_path)}
+        typer.echo(json.dumps(document | {"certificate": json.loads(exported.certificate.to_json())}))
+        return
+    show(exported, explain=explain)
+
+
+def run_export(
+    *,
+    run: Path | None,
+    model: str | None,
+    input_shape: str,
+    num_classes: int,
+    device: str | None,
+    precision: str,
+    batch: int | None,
+    images: int,
+    out: Path | None,
+) -> Export:
+    """What ``edgetrain export --format onnx`` does, as a value."""
+    from edgetrain.export import export_onnx
+
+    if (run is None) == (model is None):
+        raise UsageError(
+            found="neither a run nor --model" if run is None else "both a run and --model",
+            expected="one of them",
+            action="name the directory that edgetrain train wrote, or pass --model for fresh weights",
+        )
+    network, shape, about, shown, calibration = (
+        _fresh(cast(str, model), input_shape, num_classes) if run is None else _trained(run, precision, images)
+    )
+    suffix = "" if precision == "fp32" else f"-{precision}"
+    path = out or (Path("export") if run is None else run / "export") / f"model{suffix}.onnx"
+    return export_onnx(
+        network,
+        path,
+        input_shape=shape,
+        images=shown,
+        device=device,
+        precision=cast("Precision", precision),
+        batch_size=batch,
+        calibration=calibration,
+        about=about,
+    )
+
+
+_Network = tuple["nn.Module", "tuple[int, int, int]", "About", "ImageSet | None", "ImageSet | None"]
+
+
+def _trained(run: Path, precision: str, images: int) -> _Network:
+    from edgetrain.cli.trained import load_run, run_images
+
+    trained = load_run(run)
+    shown = run_images(trained.record, split="test", count=images)
+    calibration = None
+    if precision == "int8":
+        calibration = run_images(trained.record, split="train", count=CALIBRATION_IMAGES)
+    return trained.model, trained.record.input_shape, trained.about, shown, calibration
+
+
+def _fresh(model: str, input_shape: str, num_classes: int) -> _Network:
+    import torch
+
+    from edgetrain.cli.estimate import parse_shape
+    from edgetrain.cli.model_argument import model_maker
+    from edgetrain.export.describe import About
+
+    shape = parse_shape(input_shape)
+    torch.manual_seed(0)
+    network = model_maker(model, num_classes=num_classes, in_channels=shape[0])()
+    return network, shape, About(name=f"{model}, fresh weights"), None, None
+
+
+def show(exported: Export, *, explain: bool) -> None:
+    """Prints an export for a person."""
+    from rich.console import Console
+    from rich.table import Table
+
+    certificate = exported.certificate
+    typer.echo(
+        f"{exported.path}: {format_mib(exported.file_bytes)}, {certificate.precision}, "
+        f"opset {certificate.opset} ({certificate.opset_reason})"
+    )
+    table = Table(title=f"compared on {len(certificate.images)} images: {certificate.image_source}")
+    for heading in ("before", "after", "run by", "images", "largest", "mean", "same class", "accuracy"):
+        table.add_column(heading)
+    for step in certificate.steps:
+        accuracy = "" if step.accuracy_before is None else f"{step.accuracy_before:.1%} -> {step.accuracy_after:.1%}"
+        differences = f"{step.max_difference:.1e}", f"{step.mean_difference:.1e}", f"{step.top1_agreement:.1%}"
+        table.add_row(step.before, step.after, step.evaluator, str(step.images), *differences, accuracy)
+    Console().print(table)
+    typer.echo(f"folds: {len(certificate.folds_done)} done, {len(certificate.folds_skipped)} skipped")
+    if explain:
+        for word, folds in (("folded", certificate.folds_done), ("kept", certificate.folds_skipped)):
+            for fold in folds:
+                typer.echo(f"  {word} {fold.kind} at {fold.where}: {fold.reason}")
+        for entry in certificate.refit:
+            typer.echo(f"  {entry.initialiser or 'in another form'} <- {', '.join(entry.trained)}")
+    for finding in certificate.findings:
+        typer.echo(f"note: {finding.node}: {finding.reason}")
+    typer.echo(f"certificate: {exported.certificate_path}")
