@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch.fx
 from torch import Tensor, nn
 
+from edgetrain.export.folds.plain_layers import BatchUnshuffle
 from edgetrain.export.folds.report import Fold
 
 Weighted = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d | nn.Linear
@@ -40,7 +41,7 @@ class Draft:
         self._calls = Counter(node.target for node in self.graph.nodes if node.op == "call_module")
 
     def module(self, node: torch.fx.Node) -> nn.Module | None:
-        """The layer of torch that ``node`` calls; None where it is another operation."""
+        """The layer that ``node`` calls; None where it is another operation."""
         module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
         return module if module is not None and is_layer(module) and not has_hooks(module) else None
 
@@ -79,8 +80,10 @@ class Draft:
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether what ``module`` does is written in torch: its own classes, and subclasses that keep ``forward``."""
-    return type(module).forward.__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
+    """Whether ``module`` stays a call: torch's own layers, subclasses that keep their ``forward``, batch pooling."""
+    written_in = type(module).forward.__module__
+    of_torch = written_in.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
+    return of_torch or type(module) is BatchUnshuffle
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -2,7 +2,8 @@
 
 Between two reversible blocks the stream is joined and split along the channels for the sake of the block's interface.
 Where a and b have the same number of channels both operations go; how many a result has is followed through the graph
-from the layers that set it.
+from the layers that set it. Where the halves of something else are taken, ``split`` with their size takes the place of
+``chunk``, whose size an exported graph would compute from the shape each time.
 """
 
 from __future__ import annotations
@@ -11,15 +12,20 @@ import operator
 
 import torch
 import torch.fx
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from edgetrain.export.folds.after import is_sum
 from edgetrain.export.folds.draft import Draft, name_of
 from edgetrain.export.folds.layers import channels_out
+from edgetrain.export.folds.plain_layers import BatchUnshuffle
 from edgetrain.export.folds.report import Fold
 
-_KEEP = {"relu", "leaky_relu", "relu6", "silu", "gelu", "sigmoid", "tanh", "hardtanh", "hardswish", "batch_norm"}
+_KEEP = frozenset(
+    "max_pool2d avg_pool2d relu leaky_relu relu6 silu gelu sigmoid tanh hardtanh hardswish batch_norm".split()
+)
+"""Functions whose result has as many channels as their input."""
 
 
 def fold_halves(draft: Draft) -> None:
@@ -35,6 +41,18 @@ def fold_halves(draft: Draft) -> None:
         count = _channels(draft, node, channels)
         if count is not None:
             channels[node] = count
+    draft.drop_unused()
+    for node in list(draft.graph.nodes):
+        if name_of(node) == "chunk" and all(halved(user) is not None for user in node.users):
+            source = node.all_input_nodes[0]
+            if channels.get(source, 1) % 2 == 0:
+                _split(draft, node, source, channels[source] // 2)
+
+
+def _split(draft: Draft, node: torch.fx.Node, source: torch.fx.Node, half: int) -> None:
+    with draft.graph.inserting_before(node):
+        split = draft.graph.call_function(torch.split, (source, [half, half], 1))
+    draft.replace(node, split)
 
 
 def halved(node: torch.fx.Node) -> torch.fx.Node | None:
@@ -66,7 +84,7 @@ def _channels(draft: Draft, node: torch.fx.Node, known: dict[torch.fx.Node, int]
         return channels_out(layer)
     if isinstance(module, nn.PixelUnshuffle):
         return inputs[0] * module.downscale_factor**2 if inputs[0] is not None else None
-    if isinstance(module, (_BatchNorm, nn.ReLU, nn.LeakyReLU, nn.MaxPool2d, nn.AvgPool2d)):
+    if isinstance(module, (BatchUnshuffle, _BatchNorm, nn.ReLU, nn.LeakyReLU, nn.MaxPool2d, nn.AvgPool2d)):
         return inputs[0]
     if (whole := halved(node)) is not None:
         total = known.get(whole)
@@ -75,4 +93,8 @@ def _channels(draft: Draft, node: torch.fx.Node, known: dict[torch.fx.Node, int]
         return None if None in inputs else sum(count for count in inputs if count is not None)
     if is_sum(node):
         return inputs[0] if inputs[0] == inputs[1] else None
+    if node.target is F.pad and inputs[0] is not None:
+        margins = node.args[1]
+        over_channels = margins[4:6] if isinstance(margins, (list, tuple)) and len(margins) <= 6 else None
+        return None if over_channels is None else inputs[0] + sum(over_channels)
     return inputs[0] if name_of(node) in _KEEP else None
