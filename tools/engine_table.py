@@ -20,12 +20,15 @@ from graph_variants import INPUT_SHAPE, MODELS, write_variant
 
 import edgetrain
 from edgetrain.errors import MissingExtraError
+from edgetrain.export.engines.graph import EnginePrecision
 from edgetrain.units import MIB
 
-PRECISIONS = ("fp32", "fp16", "int8")
+PRECISIONS: tuple[EnginePrecision, ...] = ("fp32", "fp16", "int8")
 
 
-def build(name: str, precision: str, folder: Path, *, device: str, capability: str, batch: int) -> dict[str, Any]:
+def build(
+    name: str, precision: EnginePrecision, folder: Path, *, device: str, capability: str, batch: int
+) -> dict[str, Any]:
     """One engine, as a row."""
     graph = write_variant(name, precision, folder)
     report = edgetrain.build_engine(
@@ -33,7 +36,7 @@ def build(name: str, precision: str, folder: Path, *, device: str, capability: s
         graph.with_suffix(".engine"),
         device=device,
         compute_capability=capability,
-        precision=precision,  # type: ignore[arg-type]
+        precision=precision,
         batch=batch,
     )
     return {

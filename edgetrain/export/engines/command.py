@@ -7,6 +7,7 @@ the release named in the device's profile decides which are printed.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -87,11 +88,11 @@ def build_commands(
         )
     ]
     if profile is not None and profile.training == "pytorch":
-        options = [f"device={profile.name!r}", f"precision={precision!r}"]
+        options = [f"device={quoted(profile.name)}", f"precision={quoted(precision)}"]
         if batch is not None:
             options.append(f"batch=({batch.smallest}, {batch.usual}, {batch.largest})")
         options += ["refit=True"] if refit else []
-        call = f"build_engine({graph.path.name!r}, {engine.name!r}, {', '.join(options)})"
+        call = f"build_engine({quoted(graph.path.name)}, {quoted(engine.name)}, {', '.join(options)})"
         lines.append(python_command(call))
     return "\n".join(lines)
 
@@ -99,6 +100,11 @@ def build_commands(
 def python_command(call: str) -> str:
     """The command line that makes ``call``, a call of a function of :mod:`edgetrain`."""
     return f"python -c {shlex.quote(f'import edgetrain; print(edgetrain.{call})')}"
+
+
+def quoted(text: str) -> str:
+    """A Python string in double quotes, which a shell's single quotes leave readable."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _release(profile: Profile | None) -> tuple[int, int]:

@@ -35,7 +35,7 @@ class BuildLog(Protocol):
 def build_log(trt: ModuleType) -> BuildLog:
     """A fresh log for the package ``trt``; it must outlive what was made with it."""
 
-    class Log(trt.ILogger):  # type: ignore[misc, name-defined]  # the base class is known when the package is
+    class Log(trt.ILogger):  # type: ignore[name-defined]  # the base class is known when the package is
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []

@@ -12,7 +12,7 @@ import dataclasses
 from pathlib import Path
 
 from edgetrain.errors import ExportError
-from edgetrain.export.engines.command import python_command
+from edgetrain.export.engines.command import python_command, quoted
 from edgetrain.export.engines.graph import Graph, bytes_sha256, read_graph
 from edgetrain.export.engines.loading import load_engine, loadable
 from edgetrain.export.engines.log import build_log, last_errors
@@ -35,7 +35,7 @@ def refit_engine(engine: str | Path, onnx: str | Path, out: str | Path | None = 
     report, graph = read_report(path), read_graph(onnx)
     check_refit(report, graph)
     target = path if out is None else Path(out)
-    call = f"export.refit_engine({path.name!r}, {graph.path.name!r}, {target.name!r})"
+    call = f"export.refit_engine({quoted(path.name)}, {quoted(graph.path.name)}, {quoted(target.name)})"
     builder = loadable(report, command=python_command(call))
     trt, log = builder.module, build_log(builder.module)
     if not hasattr(trt, "OnnxParserRefitter"):

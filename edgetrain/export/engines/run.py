@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgetrain.errors import ExportError, MissingExtraError, ModelError
 from edgetrain.export.engines.builders import Builder
-from edgetrain.export.engines.command import python_command
+from edgetrain.export.engines.command import python_command, quoted
 from edgetrain.export.engines.loading import load_engine, loadable
 from edgetrain.export.engines.log import build_log
 from edgetrain.export.engines.report import EngineReport, read_report
@@ -70,7 +70,7 @@ def run_engine(path: str | Path, images: Tensor, *, onnx: str | Path | None = No
     path = Path(path)
     report = read_report(path)
     shape = ", ".join(map(str, images.shape))
-    call = f"export.run_engine({path.name!r}, __import__('torch').rand({shape}))"
+    call = f'export.run_engine({quoted(path.name)}, __import__("torch").rand({shape}))'
     builder = loadable(report, command=python_command(call))
     _check_images(report, images)
     logits, seconds = _passes(builder, report, images)

@@ -27,15 +27,14 @@ class TimingCache:
         if self.path is None:
             return
         kept = self.path.read_bytes() if self.path.exists() else b""
-        try:
-            with warnings.catch_warnings():
-                # TensorRT for RTX has the calls, which do nothing, and says so in this way
-                warnings.simplefilter("error", DeprecationWarning)
-                cache = config.create_timing_cache(kept)
-        except DeprecationWarning:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", DeprecationWarning)
+            cache = config.create_timing_cache(kept)
+            taken = cache is not None and config.set_timing_cache(cache, False)
+        if any("no-op" in str(warning.message) for warning in said):  # TensorRT for RTX has the calls alone
             self.notes = (f"{self.path.name} is not used: this builder times nothing, the device chooses its kernels",)
             return
-        if cache is None or not config.set_timing_cache(cache, False):
+        if not taken:
             self.notes = (f"{self.path.name} is of another release or chip: timed afresh",)
             config.set_timing_cache(config.create_timing_cache(b""), False)
         self._loaded = True
