@@ -1,8 +1,8 @@
 """Runs an engine on the GPU it was built for, and compares it with its graph in ONNX Runtime.
 
 Device memory is PyTorch's: the engine gets the addresses of tensors and PyTorch's current stream. A batch above the
-engine's largest goes through in pieces. The first pass is not timed: it loads kernels, and TensorRT for RTX compiles
-them then.
+engine's largest goes through in pieces. A first batch is not timed: it loads kernels, and TensorRT for RTX compiles
+them then. Needs TensorRT 8.5 or later, which addresses tensors by name.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgetrain.errors import ExportError, MissingExtraError, ModelError
 from edgetrain.export.engines.builders import Builder
-from edgetrain.export.engines.command import python_command, quoted
+from edgetrain.export.engines.command import TRTEXEC, python_command, quoted
 from edgetrain.export.engines.loading import load_engine, loadable
 from edgetrain.export.engines.log import build_log
 from edgetrain.export.engines.report import EngineReport, read_report
@@ -22,6 +22,8 @@ from edgetrain.export.engines.report import EngineReport, read_report
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
+
+_DEVICE = "cuda"
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,18 @@ def _check_images(report: EngineReport, images: Tensor) -> None:
 
 
 def _passes(builder: Builder, report: EngineReport, images: Tensor) -> tuple[Tensor, float]:
-    """One pass to warm up and one that counts."""
+    """Logits of all images, (n, classes), and the seconds that they took after a first batch."""
     import torch
 
     log = build_log(builder.module)
     engine = load_engine(builder, report.path, log)
     context = engine.create_execution_context()
+    if not hasattr(context, "execute_async_v3"):
+        raise ExportError(
+            found=f"{builder.name} {builder.version} does not address tensors by name",
+            expected="TensorRT 8.5 or later",
+            action=f"run it with {TRTEXEC} --loadEngine={report.path.name}",
+        )
     fixed = report.inputs[0].shape[0]
     largest = report.batch.largest if report.batch is not None else int(fixed)
     smallest = report.batch.smallest if report.batch is not None else int(fixed)
@@ -106,13 +114,10 @@ def _passes(builder: Builder, report: EngineReport, images: Tensor) -> tuple[Ten
         )
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        for warm in (False, True):
-            stream.synchronize()
-            began = time.perf_counter()
-            answers = [_pass(builder, engine, context, report, piece, stream) for piece in pieces]
-            stream.synchronize()
-            if warm:
-                seconds = time.perf_counter() - began
+        _pass(builder, engine, context, report, pieces[0], stream)
+        began = time.perf_counter()
+        answers = [_pass(builder, engine, context, report, piece, stream) for piece in pieces]
+        seconds = time.perf_counter() - began
     return torch.cat(answers), seconds
 
 
@@ -121,10 +126,10 @@ def _pass(builder: Builder, engine: Any, context: Any, report: EngineReport, ima
     import torch
 
     given, answer = report.inputs[0].name, report.outputs[0].name
-    taken = images.to("cuda", dtype=_torch_type(builder, engine, given)).contiguous()
+    taken = images.to(_DEVICE, dtype=_torch_type(builder, engine, given)).contiguous()
     context.set_input_shape(given, tuple(taken.shape))
     logits = torch.empty(
-        tuple(context.get_tensor_shape(answer)), dtype=_torch_type(builder, engine, answer), device="cuda"
+        tuple(context.get_tensor_shape(answer)), dtype=_torch_type(builder, engine, answer), device=_DEVICE
     )
     context.set_tensor_address(given, taken.data_ptr())
     context.set_tensor_address(answer, logits.data_ptr())
