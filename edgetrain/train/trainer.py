@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from edgetrain.chain import SampledNetwork
 from edgetrain.errors import EdgetrainError, TrainingError
+from edgetrain.files import write_atomically
 from edgetrain.planner import Plan
 from edgetrain.runtime import wrap
-from edgetrain.train.checkpoint import save_checkpoint, write_atomically
+from edgetrain.train.checkpoint import save_checkpoint
 from edgetrain.train.recipe import Recipe
 
 Batch = tuple[Tensor, Tensor]

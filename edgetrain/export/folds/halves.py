@@ -23,7 +23,20 @@ from edgetrain.export.folds.plain_layers import BatchUnshuffle
 from edgetrain.export.folds.report import Fold
 
 _KEEP = frozenset(
-    "max_pool2d avg_pool2d relu leaky_relu relu6 silu gelu sigmoid tanh hardtanh hardswish batch_norm".split()
+    [
+        "max_pool2d",
+        "avg_pool2d",
+        "relu",
+        "leaky_relu",
+        "relu6",
+        "silu",
+        "gelu",
+        "sigmoid",
+        "tanh",
+        "hardtanh",
+        "hardswish",
+        "batch_norm",
+    ]
 )
 """Functions whose result has as many channels as their input."""
 
