@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -36,6 +37,12 @@ def export(
     batch: Annotated[int | None, typer.Option(min=1, help="Fixed batch; without it any size.")] = None,
     images: Annotated[int, typer.Option(min=1, help="Test images to compare on.")] = 64,
     out: Annotated[Path | None, typer.Option(help="File to write; default: in the run directory.")] = None,
+    refittable: Annotated[
+        bool, typer.Option("--refittable", help="An engine that takes new weights later, with --refit.")
+    ] = False,
+    refit: Annotated[
+        Path | None, typer.Option(help="Give this engine the weights of the run, in place of building one.")
+    ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Print folds, findings and the refit map.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the certificate as one JSON document.")] = False,
 ) -> None:
@@ -46,22 +53,38 @@ def export(
             expected="one of " + ", ".join(FORMATS),
             action=near_matches(format, list(FORMATS)),
         )
-    exported = run_export(
+    if format == "onnx" and (refittable or refit is not None):
+        raise UsageError(
+            found="--refittable or --refit with --format onnx", expected="an engine", action="pass --format tensorrt"
+        )
+    engine = None if format == "onnx" else out or (run or Path()) / "export" / f"{_stem(precision)}.engine"
+    exported, images_shown = run_export(
         run=run,
         model=model,
         input_shape=input_shape,
         num_classes=num_classes,
         device=device,
         precision=precision,
-        batch=batch,
+        batch=batch if engine is None else None,
         images=images,
-        out=out,
+        out=out if engine is None else engine.with_suffix(".onnx"),
     )
+    certificate, report = exported.certificate, None
+    if engine is not None:
+        from edgetrain.export.engine_step import engine_of, refitted
+
+        if refit is not None:
+            report, certificate = refitted(exported, refit, images_shown)
+        else:
+            report, certificate = engine_of(exported, engine, batch=batch, refittable=refittable, images=images_shown)
     if as_json:
         document: dict[str, Any] = {"path": str(exported.path), "certificate_path": str(exported.certificate_path)}
-        typer.echo(json.dumps(document | {"certificate": json.loads(exported.certificate.to_json())}))
+        document["engine"] = None if report is None else str(report.path)
+        typer.echo(json.dumps(document | {"certificate": json.loads(certificate.to_json())}))
         return
-    show(exported, explain=explain)
+    show(replace(exported, certificate=certificate), explain=explain)
+    if report is not None:
+        typer.echo(str(report))
 
 
 def run_export(
@@ -75,8 +98,8 @@ def run_export(
     batch: int | None,
     images: int,
     out: Path | None,
-) -> Export:
-    """What ``edgetrain export --format onnx`` does, as a value."""
+) -> tuple[Export, ImageSet | None]:
+    """What ``edgetrain export --format onnx`` does, as a value, and the images that it compared on."""
     from edgetrain.export import export_onnx
 
     if (run is None) == (model is None):
@@ -88,11 +111,9 @@ def run_export(
     network, shape, about, shown, calibration = (
         _fresh(cast(str, model), input_shape, num_classes) if run is None else _trained(run, precision, images)
     )
-    suffix = "" if precision == "fp32" else f"-{precision}"
-    path = out or (Path("export") if run is None else run / "export") / f"model{suffix}.onnx"
-    return export_onnx(
+    exported = export_onnx(
         network,
-        path,
+        out or (run or Path()) / "export" / f"{_stem(precision)}.onnx",
         input_shape=shape,
         images=shown,
         device=device,
@@ -101,6 +122,11 @@ def run_export(
         calibration=calibration,
         about=about,
     )
+    return exported, shown
+
+
+def _stem(precision: str) -> str:
+    return "model" if precision == "fp32" else f"model-{precision}"
 
 
 _Network = tuple["nn.Module", "tuple[int, int, int]", "About", "ImageSet | None", "ImageSet | None"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.errors import DataError, ExportError, StorageError
+from edgetrain.export.certificate import Certificate, certificate_path
 from edgetrain.export.verify import open_session, run_session
 from edgetrain.train.data.decode import IMAGE_SUFFIXES, decode_image
 from edgetrain.train.data.fit import fit_image
@@ -58,42 +59,75 @@ class Inference:
 
 
 def infer(path: str | Path, images: Sequence[str | Path], *, timing_runs: int = 10) -> Inference:
-    """Classifies ``images``, files or folders of them, by the graph in ``path``.
+    """Classifies ``images``, files or folders of them, by the graph or engine in ``path``.
 
     Raises:
         DataError: a path is missing, a folder without images, or an image damaged.
-        ExportError: the graph does not run here.
-        StorageError: there is no such graph.
+        ExportError: the file does not run here; for an engine the message has the command for its device.
+        StorageError: there is no such file, or an engine has no report and certificate beside it.
     """
     path = Path(path)
     if not path.is_file():
         raise StorageError(
             found=f"{path} does not exist",
-            expected="a graph (.onnx) that edgetrain export wrote",
+            expected="a graph (.onnx) or an engine (.engine) that edgetrain export wrote",
             action="check the path, or run edgetrain export RUN",
         )
     files = _image_files(images)
-    session = open_session(path)
-    metadata = session.get_modelmeta().custom_metadata_map
-    shape = _input_shape(session.get_inputs()[0].shape, path)
-    classes = json.loads(metadata.get("classes") or "[]")
+    network = _open_engine(path) if path.suffix == ".engine" else _open_graph(path)
     predictions: list[Prediction] = []
     for start in range(0, len(files), _BATCH):
         part = files[start : start + _BATCH]
-        pixels = np.stack([_read(file, shape) for file in part])  # (n, c, h, w)
-        rows = softmax(run_session(session, pixels))
-        predictions += [_prediction(str(file), row, classes) for file, row in zip(part, rows, strict=True)]
-    times = []
-    for _ in range(timing_runs):
-        began = time.perf_counter()
-        run_session(session, pixels[:1])
-        times.append(time.perf_counter() - began)
+        pixels = np.stack([_read(file, network.shape) for file in part])  # (n, c, h, w)
+        rows = softmax(network.run(pixels)[0])
+        predictions += [_prediction(str(file), row, network.classes) for file, row in zip(part, rows, strict=True)]
+    times = [network.run(pixels[:1])[1] for _ in range(timing_runs)]
     return Inference(
         tuple(predictions),
         latency_ms=1e3 * float(np.median(times)),
         runs=timing_runs,
-        evaluator="ONNX Runtime, CPU",
+        evaluator=network.evaluator,
     )
+
+
+@dataclass(frozen=True)
+class _Network:
+    """An opened file; ``run`` gives logits (n, classes) of pixels (n, c, h, w), and the seconds they took."""
+
+    shape: tuple[int, int, int]
+    classes: Sequence[str]
+    evaluator: str
+    run: Callable[[npt.NDArray[np.float32]], tuple[npt.NDArray[np.float32], float]]
+
+
+def _open_graph(path: Path) -> _Network:
+    session = open_session(path)
+    metadata = session.get_modelmeta().custom_metadata_map
+
+    def run(pixels: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], float]:
+        began = time.perf_counter()
+        logits = run_session(session, pixels)
+        return logits, time.perf_counter() - began
+
+    shape = _input_shape(session.get_inputs()[0].shape, path)
+    return _Network(shape, json.loads(metadata.get("classes") or "[]"), "ONNX Runtime, CPU", run)
+
+
+def _open_engine(path: Path) -> _Network:
+    import torch
+
+    from edgetrain.export.engines.report import read_report
+    from edgetrain.export.engines.run import run_engine
+
+    report = read_report(path)
+    beside = certificate_path(path)
+    classes = Certificate.from_json(beside.read_bytes()).classes if beside.is_file() else ()
+
+    def run(pixels: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], float]:
+        answer = run_engine(path, torch.from_numpy(pixels))
+        return answer.logits.numpy(), answer.seconds
+
+    return _Network(_input_shape(report.inputs[0].shape, path), classes, f"{report.builder} {report.version}", run)
 
 
 def softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:

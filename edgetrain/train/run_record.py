@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edgetrain.errors import StorageError
-from edgetrain.train.checkpoint import write_atomically
+from edgetrain.files import write_atomically
 
 NAME = "run.json"
 
