@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from edgetrain.cli.export_text import export_text
 from edgetrain.errors import UsageError, near_matches
-from edgetrain.units import format_mib
 
 if TYPE_CHECKING:
     from torch import nn
@@ -82,7 +82,7 @@ def export(
         document["engine"] = None if report is None else str(report.path)
         typer.echo(json.dumps(document | {"certificate": json.loads(certificate.to_json())}))
         return
-    show(replace(exported, certificate=certificate), explain=explain)
+    typer.echo(export_text(replace(exported, certificate=certificate), explain=explain))
     if report is not None:
         typer.echo(str(report))
 
@@ -154,33 +154,3 @@ def _fresh(model: str, input_shape: str, num_classes: int) -> _Network:
     torch.manual_seed(0)
     network = model_maker(model, num_classes=num_classes, in_channels=shape[0])()
     return network, shape, About(name=f"{model}, fresh weights"), None, None
-
-
-def show(exported: Export, *, explain: bool) -> None:
-    """Prints an export for a person."""
-    from rich.console import Console
-    from rich.table import Table
-
-    certificate = exported.certificate
-    typer.echo(
-        f"{exported.path}: {format_mib(exported.file_bytes)}, {certificate.precision}, "
-        f"opset {certificate.opset} ({certificate.opset_reason})"
-    )
-    table = Table(title=f"compared on {len(certificate.images)} images: {certificate.image_source}")
-    for heading in ("before", "after", "run by", "images", "largest", "mean", "same class", "accuracy"):
-        table.add_column(heading)
-    for step in certificate.steps:
-        accuracy = "" if step.accuracy_before is None else f"{step.accuracy_before:.1%} -> {step.accuracy_after:.1%}"
-        differences = f"{step.max_difference:.1e}", f"{step.mean_difference:.1e}", f"{step.top1_agreement:.1%}"
-        table.add_row(step.before, step.after, step.evaluator, str(step.images), *differences, accuracy)
-    Console().print(table)
-    typer.echo(f"folds: {len(certificate.folds_done)} done, {len(certificate.folds_skipped)} skipped")
-    if explain:
-        for word, folds in (("folded", certificate.folds_done), ("kept", certificate.folds_skipped)):
-            for fold in folds:
-                typer.echo(f"  {word} {fold.kind} at {fold.where}: {fold.reason}")
-        for entry in certificate.refit:
-            typer.echo(f"  {entry.initialiser or 'in another form'} <- {', '.join(entry.trained)}")
-    for finding in certificate.findings:
-        typer.echo(f"note: {finding.node}: {finding.reason}")
-    typer.echo(f"certificate: {exported.certificate_path}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -23,6 +24,23 @@ def net(num_classes, in_channels):
     torch.manual_seed(5)
     return torch.nn.Sequential(torch.nn.Conv2d(in_channels, 8, 3, padding=1), torch.nn.BatchNorm2d(8), torch.nn.ReLU(),
                                torch.nn.AdaptiveMaxPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, num_classes))
+"""
+AMPERE = """
+name = "ampere"
+description = "a card that TensorRT-RTX builds for"
+kind = "cuda"
+unified = false
+extends = "cuda"
+[compute_capability]
+value = 8.6
+unit = "major.minor"
+assumption = true
+note = "of this test"
+[memory]
+value = 8
+unit = "GiB"
+assumption = true
+note = "of this test"
 """
 TRAIN = "train --data digits --model export_models:net --limit-train 128 --limit-test 32 --image-size 16 "
 TRAIN += "--batch-size 32 --epochs 1 --mode keep_all --quiet --out run"
@@ -133,12 +151,36 @@ def test_infer_names_classes(capfd: pytest.CaptureFixture[str]):
         assert prediction["probability"] == max(prediction["probabilities"])
 
 
+def test_a_device_without_a_builder_here_gets_the_graph_and_the_command(capfd: pytest.CaptureFixture[str]):
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'edgetrain[tensorrt]'")
+    command = "export run --format tensorrt --device nano-4gb --images 8 --out nano/net.engine"
+    assert run(command.split()) == 8
+    assert "trtexec --onnx=net.onnx --saveEngine=net.engine" in capfd.readouterr().err
+    assert sorted(path.name for path in Path("nano").iterdir()) == ["net.certificate.json", "net.onnx"]
+
+
+def test_an_engine_completes_the_certificate(capfd: pytest.CaptureFixture[str]):
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'edgetrain[tensorrt]'")
+    Path("ampere.toml").write_text(AMPERE)
+    command = "export run --format tensorrt --device ampere.toml --images 8 --out ampere/net.engine --json"
+    document = json.loads(said(capfd, *command.split()))
+    certificate = Certificate.from_json(Path("ampere/net.certificate.json").read_bytes())
+    assert json.loads(certificate.to_json()) == document["certificate"]
+    assert certificate.engine is not None
+    assert certificate.engine.sha256 == hashlib.sha256(Path("ampere/net.engine").read_bytes()).hexdigest()
+    if not torch.cuda.is_available():  # then nothing was run, and nothing is claimed
+        assert [step.after for step in certificate.steps if step.after == "engine"] == []
+        assert run(["infer", "ampere/net.engine", "photos"]) == 8
+        assert "no CUDA device" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "expected"),
     [
         ("export", 2, "neither a run nor --model"),
         ("export run --model resnet20", 2, "both"),
         ("export run --format onx", 2, "onnx"),
+        ("export run --refit old.engine", 2, "--format tensorrt"),
         ("export run --precision fp8", 2, "fp32"),
         ("export run --device orin-nano", 2, "orin-nano-8gb"),
         ("export photos", 7, "run.json"),
