@@ -337,6 +337,27 @@ def test_a_single_layer_is_a_network_too() -> None:
     assert plain.origins["network.weight"] == ("weight",)
 
 
+def test_a_layer_with_two_paths_is_called_twice() -> None:
+    shared = nn.Conv2d(4, 4, 3, padding=1)
+    model = nn.Sequential(shared, nn.BatchNorm2d(4), nn.ReLU(), shared, nn.BatchNorm2d(4))
+    plain = folded(model, (2, 4, 6, 6))
+    assert done(plain, "batch norm") == 0
+    assert [reason.partition(";")[0] for reason in kept(plain)] == ["0 is called 2 times"] * 2
+
+
+def test_a_block_with_two_paths_is_plain_in_both() -> None:
+    block = edgetrain.nn.ReversibleBlock(nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 1))
+    plain = folded(nn.Sequential(block, nn.ReLU(), block), (2, 4, 6, 6))
+    assert (done(plain, "plain layer"), plain.report.skipped) == (2, ())
+    assert operations(plain)["Conv2d"] == 4
+
+
+def test_a_folded_model_is_returned() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    plain = edgetrain.fold(model)
+    assert edgetrain.fold(plain) is plain
+
+
 def test_a_copy_of_a_folded_network_keeps_its_report() -> None:
     plain = edgetrain.fold(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
     twin = copy.deepcopy(plain)

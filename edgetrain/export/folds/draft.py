@@ -38,7 +38,9 @@ class Draft:
     skipped: list[Fold] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._calls = Counter(node.target for node in self.graph.nodes if node.op == "call_module")
+        called = [node for node in self.graph.nodes if node.op == "call_module"]
+        # a module may have several paths
+        self._calls = Counter(id(self.root.get_submodule(str(node.target))) for node in called)
 
     def module(self, node: torch.fx.Node) -> nn.Module | None:
         """The layer that ``node`` calls; None where it is another operation."""
@@ -52,7 +54,7 @@ class Draft:
 
     def times_called(self, node: torch.fx.Node) -> int:
         """How often the module of ``node`` is called in the network."""
-        return self._calls[node.target]
+        return self._calls[id(self.root.get_submodule(str(node.target)))]
 
     def replace(self, node: torch.fx.Node, value: torch.fx.Node) -> None:
         """Everything that used ``node`` uses ``value``, and ``node`` goes."""
