@@ -28,7 +28,7 @@ from edgetrain.export.folds.affine import affine_of, is_batch_norm
 from edgetrain.export.folds.after import describe_affine, fold_after, reason_after
 from edgetrain.export.folds.before import fold_before, reason_before
 from edgetrain.export.folds.constants import fold_constants
-from edgetrain.export.folds.draft import Draft, describe
+from edgetrain.export.folds.draft import Draft, describe, layer_class
 from edgetrain.export.folds.halves import fold_halves
 from edgetrain.export.folds.inlining import Inliner
 from edgetrain.export.folds.parametrisations import fold_parametrisations
@@ -105,6 +105,10 @@ def _plain(root: nn.Module) -> tuple[nn.Module, list[Fold]]:
             continue
         if module not in made:
             made[module] = plain_layer(module)
+            known = layer_class(module)
+            if known is not None and known is not type(module):
+                done.append(Fold("plain layer", path, f"{type(module).__name__} as {known.__name__}"))
+                module.__class__ = known
         layer = made[module]
         if layer is None:
             continue

@@ -331,6 +331,28 @@ def test_a_model_that_cannot_be_traced_at_all() -> None:
     assert "body.1.bias" in plain.origins["network.body.0.0.bias"]
 
 
+class Renamed(nn.Conv2d):
+    """Another construction, the same layer."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1)
+
+
+class Doubling(nn.Conv2d):
+    """Another layer under an inherited ``forward``."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return 2.0 * super()._conv_forward(x, weight, bias)
+
+
+def test_subclasses_of_layers() -> None:
+    plain = folded(nn.Sequential(Renamed(4), nn.BatchNorm2d(4)), (2, 4, 6, 6))
+    assert operations(plain) == {"Conv2d": 1}
+    plain = folded(nn.Sequential(Doubling(4, 4, 3), nn.BatchNorm2d(4)), (2, 4, 6, 6))
+    assert done(plain, "batch norm") == 0
+    assert kept(plain) == ["it follows mul, which has no weights; the network ends with it"]
+
+
 def test_a_single_layer_is_a_network_too() -> None:
     plain = folded(nn.Conv2d(3, 4, 3), (1, 3, 5, 5))
     assert operations(plain) == {"Conv2d": 1}
