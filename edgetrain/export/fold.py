@@ -28,7 +28,7 @@ from edgetrain.export.folds.affine import affine_of, is_batch_norm
 from edgetrain.export.folds.after import describe_affine, fold_after, reason_after
 from edgetrain.export.folds.before import fold_before, reason_before
 from edgetrain.export.folds.constants import fold_constants
-from edgetrain.export.folds.draft import Draft, describe
+from edgetrain.export.folds.draft import Draft, describe, layer_class
 from edgetrain.export.folds.halves import fold_halves
 from edgetrain.export.folds.inlining import Inliner
 from edgetrain.export.folds.parametrisations import fold_parametrisations
@@ -57,7 +57,7 @@ class Plain(torch.fx.GraphModule):
 def fold(model: nn.Module) -> Plain:
     """What ``model`` computes in evaluation mode, as a plain module; ``model`` is left as it is.
 
-    Results agree to 1e-6 in float32 and 1e-12 in float64, relative to the largest.
+    Results agree to 1e-6 in float32 and 1e-12 in float64, relative to the largest. A folded model is returned as it is.
 
     *Danger*: batch norm over (n, c) is folded into a linear layer of c outputs. If the layer is applied to
     (n, c, c) instead, where batch norm acts on the middle axis, the result is another one; this is not checked.
@@ -66,9 +66,10 @@ def fold(model: nn.Module) -> Plain:
         model: takes one tensor. What ``forward`` does must not depend on its values; modules where it does stay as
             they are, with what is foldable inside folded.
     """
+    if isinstance(model, Plain):
+        return model
     root = _copy(model).eval().requires_grad_(False)
-    names = [name for name, _ in (*root.named_parameters(), *root.named_buffers())]
-    origins: dict[str, tuple[str, ...]] = {name: (name,) for name in names}
+    origins: dict[str, tuple[str, ...]] = {name: (name,) for name in _tensor_names(root)}
     done = fold_parametrisations(root, origins)
     root, plain = _plain(root)
     done += plain
@@ -98,16 +99,25 @@ def _copy(model: nn.Module) -> nn.Module:
 def _plain(root: nn.Module) -> tuple[nn.Module, list[Fold]]:
     """``root`` with plain layers in the place of this package's."""
     done = []
-    for path, module in list(root.named_modules()):
-        layer = plain_layer(module)
-        if layer is None or (path and not _holds(root, path, module)):
+    made: dict[nn.Module, nn.Module | None] = {}
+    for path, module in list(root.named_modules(remove_duplicate=False)):
+        if path and not _holds(root, path, module):
+            continue
+        if module not in made:
+            made[module] = plain_layer(module)
+            known = layer_class(module)
+            if known is not None and known is not type(module):
+                done.append(Fold("plain layer", path, f"{type(module).__name__} as {known.__name__}"))
+                module.__class__ = known
+        layer = made[module]
+        if layer is None:
             continue
         done.append(Fold("plain layer", path or type(module).__name__, f"{type(module).__name__} as plain operations"))
         layer.eval()
-        if not path:
-            root = layer
-        else:
+        if path:
             root.set_submodule(path, layer)
+        else:
+            root = layer
     return root, done
 
 
@@ -169,10 +179,15 @@ def _in_plain(whole: nn.Module, name: str) -> bool:
     return any(isinstance(whole.get_submodule(".".join(parts[:k])), Plain) for k in range(1, len(parts)))
 
 
+def _tensor_names(module: nn.Module) -> list[str]:
+    """Names of the parameters and buffers, all of those that are shared."""
+    parameters = module.named_parameters(remove_duplicate=False)
+    return [name for name, _ in (*parameters, *module.named_buffers(remove_duplicate=False))]
+
+
 def _finished(draft: Draft) -> Plain:
     plain = Plain(draft.root, draft.graph, class_name="Plain")
     plain.eval()
-    kept = {name for name, _ in (*plain.named_parameters(), *plain.named_buffers())}
     plain.meta["report"] = FoldReport(tuple(draft.done), tuple(draft.skipped))
-    plain.meta["origins"] = {name: draft.origins.get(name, (name,)) for name in sorted(kept)}
+    plain.meta["origins"] = {name: draft.origins.get(name, (name,)) for name in _tensor_names(plain)}
     return plain

@@ -331,10 +331,53 @@ def test_a_model_that_cannot_be_traced_at_all() -> None:
     assert "body.1.bias" in plain.origins["network.body.0.0.bias"]
 
 
+class Renamed(nn.Conv2d):
+    """Another construction, the same layer."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1)
+
+
+class Doubling(nn.Conv2d):
+    """Another layer under an inherited ``forward``."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return 2.0 * super()._conv_forward(x, weight, bias)
+
+
+def test_subclasses_of_layers() -> None:
+    plain = folded(nn.Sequential(Renamed(4), nn.BatchNorm2d(4)), (2, 4, 6, 6))
+    assert operations(plain) == {"Conv2d": 1}
+    plain = folded(nn.Sequential(Doubling(4, 4, 3), nn.BatchNorm2d(4)), (2, 4, 6, 6))
+    assert done(plain, "batch norm") == 0
+    assert kept(plain) == ["it follows mul, which has no weights; the network ends with it"]
+
+
 def test_a_single_layer_is_a_network_too() -> None:
     plain = folded(nn.Conv2d(3, 4, 3), (1, 3, 5, 5))
     assert operations(plain) == {"Conv2d": 1}
     assert plain.origins["network.weight"] == ("weight",)
+
+
+def test_a_layer_with_two_paths_is_called_twice() -> None:
+    shared = nn.Conv2d(4, 4, 3, padding=1)
+    model = nn.Sequential(shared, nn.BatchNorm2d(4), nn.ReLU(), shared, nn.BatchNorm2d(4))
+    plain = folded(model, (2, 4, 6, 6))
+    assert done(plain, "batch norm") == 0
+    assert [reason.partition(";")[0] for reason in kept(plain)] == ["0 is called 2 times"] * 2
+
+
+def test_a_block_with_two_paths_is_plain_in_both() -> None:
+    block = edgetrain.nn.ReversibleBlock(nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 1))
+    plain = folded(nn.Sequential(block, nn.ReLU(), block), (2, 4, 6, 6))
+    assert (done(plain, "plain layer"), plain.report.skipped) == (2, ())
+    assert operations(plain)["Conv2d"] == 4
+
+
+def test_a_folded_model_is_returned() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    plain = edgetrain.fold(model)
+    assert edgetrain.fold(plain) is plain
 
 
 def test_a_copy_of_a_folded_network_keeps_its_report() -> None:

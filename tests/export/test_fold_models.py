@@ -115,18 +115,14 @@ def test_networks_of_timm(name: str, left: int) -> None:
     assert calls <= {"Conv2d", "ReLU", "ReLU6", "MaxPool2d", "AdaptiveAvgPool2d", "Flatten", "Linear"}
 
 
-@pytest.mark.parametrize(
-    ("name", "opset"), [("hybrid18", 13), ("hybrid18", 17), ("revnet18", 13), ("resnet20", 17), ("irevnet18", 17)]
-)
-def test_the_folded_graph_runs_at_any_batch_size(name: str, opset: int, tmp_path: Path) -> None:
+def exported(plain: nn.Module, path: Path, opset: int) -> Any:
+    """The graph that torch's older exporter makes of ``plain``, the batch dynamic, written to ``path``."""
     import onnx
-    import onnxruntime
 
-    model, path = make(name), tmp_path / "plain.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            edgetrain.fold(model),
+            plain,
             (torch.randn(2, 3, 16, 16),),
             str(path),
             dynamo=False,
@@ -135,7 +131,31 @@ def test_the_folded_graph_runs_at_any_batch_size(name: str, opset: int, tmp_path
             output_names=["logits"],
             dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},
         )
-    graph = onnx.load(str(path)).graph
+    model = onnx.load(str(path))
+    onnx.checker.check_model(model, full_check=True)
+    return model.graph
+
+
+def test_a_plain_chain_is_convolutions_activations_pooling_and_the_classifier(tmp_path: Path) -> None:
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((3, 8), (8, 8), (8, 16)):
+        conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False))
+        layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+    layers.insert(6, nn.MaxPool2d(2))
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 10), nn.BatchNorm1d(10)]
+    plain = compare(randomise(nn.Sequential(*layers, *head)), torch.randn(2, 3, 16, 16, dtype=torch.double))
+    counts = Counter(node.op_type for node in exported(plain, tmp_path / "chain.onnx", 13).node)
+    assert counts == {"Conv": 3, "Relu": 3, "MaxPool": 1, "GlobalAveragePool": 1, "Flatten": 1, "Gemm": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "opset"), [("hybrid18", 13), ("hybrid18", 17), ("revnet18", 13), ("resnet20", 17), ("irevnet18", 17)]
+)
+def test_the_folded_graph_runs_at_any_batch_size(name: str, opset: int, tmp_path: Path) -> None:
+    import onnxruntime
+
+    model, path = make(name), tmp_path / "plain.onnx"
+    graph = exported(edgetrain.fold(model), path, opset)
     counts = Counter(node.op_type for node in graph.node)
     assert counts["BatchNormalization"] == {"hybrid18": 29, "revnet18": 1, "irevnet18": 1}.get(name, 0)
     assert counts["If"] == counts["ScatterND"] == counts["Identity"] == 0

@@ -51,6 +51,8 @@ def reason_before(draft: Draft, node: torch.fx.Node, affine: Affine) -> str | No
     users = list(node.users)
     if len(users) != 1:
         return f"its result is used {len(users)} times"
+    if users[0].op == "output":
+        return "the network ends with it"
     layer = draft.weighted(users[0])
     if layer is None or users[0].args[0] is not node:
         return f"{describe(users[0])} follows, which has no weights"

@@ -18,6 +18,9 @@ from edgetrain.export.folds.report import Fold
 Weighted = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d | nn.Linear
 """The layers that folds go into."""
 
+_HARMLESS = {"reset_parameters", "extra_repr", "_version"}
+"""Of a layer: may differ without a difference in what it computes."""
+
 
 @dataclass
 class Draft:
@@ -38,7 +41,9 @@ class Draft:
     skipped: list[Fold] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._calls = Counter(node.target for node in self.graph.nodes if node.op == "call_module")
+        called = [node for node in self.graph.nodes if node.op == "call_module"]
+        # a module may have several paths
+        self._calls = Counter(id(self.root.get_submodule(str(node.target))) for node in called)
 
     def module(self, node: torch.fx.Node) -> nn.Module | None:
         """The layer that ``node`` calls; None where it is another operation."""
@@ -52,7 +57,7 @@ class Draft:
 
     def times_called(self, node: torch.fx.Node) -> int:
         """How often the module of ``node`` is called in the network."""
-        return self._calls[node.target]
+        return self._calls[id(self.root.get_submodule(str(node.target)))]
 
     def replace(self, node: torch.fx.Node, value: torch.fx.Node) -> None:
         """Everything that used ``node`` uses ``value``, and ``node`` goes."""
@@ -79,11 +84,19 @@ class Draft:
         return value if isinstance(value, Tensor) else None
 
 
+def layer_class(module: nn.Module) -> type[nn.Module] | None:
+    """torch's class of which ``module`` is one, be it as a subclass that changes nothing but its construction."""
+    lineage = type(module).__mro__
+    known = next(kind for kind in lineage if kind.__module__.startswith("torch.nn.modules."))
+    if known in (nn.Module, nn.Sequential):
+        return None
+    changed = {name for kind in lineage[: lineage.index(known)] for name in vars(kind) if hasattr(known, name)}
+    return None if {name for name in changed if not name.startswith("__")} - _HARMLESS else known
+
+
 def is_layer(module: nn.Module) -> bool:
-    """Whether ``module`` stays a call: torch's own layers, subclasses that keep their ``forward``, batch pooling."""
-    written_in = type(module).forward.__module__
-    of_torch = written_in.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
-    return of_torch or type(module) is BatchUnshuffle
+    """Whether ``module`` stays a call: torch's own layers, and batch pooling."""
+    return layer_class(module) is not None or type(module) is BatchUnshuffle
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -22,22 +22,10 @@ from edgetrain.export.folds.layers import channels_out
 from edgetrain.export.folds.plain_layers import BatchUnshuffle
 from edgetrain.export.folds.report import Fold
 
-_KEEP = frozenset(
-    [
-        "max_pool2d",
-        "avg_pool2d",
-        "relu",
-        "leaky_relu",
-        "relu6",
-        "silu",
-        "gelu",
-        "sigmoid",
-        "tanh",
-        "hardtanh",
-        "hardswish",
-        "batch_norm",
-    ]
-)
+_KEEP = {
+    *("max_pool2d", "avg_pool2d", "batch_norm"),
+    *("relu", "leaky_relu", "relu6", "silu", "gelu", "sigmoid", "tanh", "hardtanh", "hardswish"),
+}
 """Functions whose result has as many channels as their input."""
 
 

@@ -70,11 +70,12 @@ class Inliner:
             self.root, path = nn.ModuleDict({"network": module}), "network"
         overwrites = getattr(module, "inplace", False) is True
         if overwrites:
-            self._check_alone(args[0], path)
+            (operand,) = args or kwargs.values()
+            self._check_alone(operand, path)
             module.inplace = False  # type: ignore[assignment]
         node = self.graph.call_module(path, *substitute((args, dict(kwargs)), self._now))
         if overwrites:
-            self._newest[args[0]] = node
+            self._newest[operand] = node
         return node
 
     def _opened(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
