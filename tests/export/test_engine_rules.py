@@ -181,6 +181,9 @@ def test_no_builder_that_fits_gives_the_command(graph_path: Path, monkeypatch: p
         edgetrain.build_engine(graph_path, graph_path.with_suffix(".engine"), device="orin-nano-8gb")
     assert command.TRTEXEC in refused.value.action
     assert 'build_engine("m.onnx", "m.engine", device="orin-nano-8gb"' in refused.value.action
+    assert "budget" not in refused.value.action
+    with pytest.raises(ExportError, match=r"budget=1073741824"):
+        edgetrain.build_engine(graph_path, graph_path.with_suffix(".engine"), device="orin-nano-8gb", budget="1GiB")
     with pytest.raises(ExportError, match="beside a CUDA device"):
         edgetrain.build_engine(graph_path, graph_path.with_suffix(".engine"), compute_capability="8.6", refit=True)
     assert not graph_path.with_suffix(".engine").exists()
