@@ -184,7 +184,8 @@ def engines() -> str:
     lines.append("|---|---|---|---|---|---|---|")
     for row in document["rows"]:
         sizes = " | ".join(f"{row[f'{name}_bytes'] / MIB:.2f} MiB" for name in columns)
-        lines.append(f"| {row['model']} | {row['precision']} | {sizes} | {row['build_seconds']:.1f} s |")
+        options = "".join(f", {name} {value}" for name, value in row["options"].items())
+        lines.append(f"| {row['model']}{options} | {row['precision']} | {sizes} | {row['build_seconds']:.1f} s |")
     row = document["rows"][0]
     shape = "x".join(map(str, row["input_shape"]))
     about = f"Batch {row['batch']} of {shape}, {row['builder']}, compute capability {row['compute_capability']}. "

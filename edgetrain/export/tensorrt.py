@@ -16,18 +16,18 @@ from __future__ import annotations
 
 import platform
 import time
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edgetrain.errors import ExportError
-from edgetrain.export.engines.batch import Batch, add_batch, batch_for
+from edgetrain.export.engines.batch import batch_for
 from edgetrain.export.engines.builders import Builder, Capability, choose_builder
 from edgetrain.export.engines.command import build_commands
-from edgetrain.export.engines.device import Target, target_for
-from edgetrain.export.engines.graph import EnginePrecision, Graph, bytes_sha256, read_graph
-from edgetrain.export.engines.limits import Limits, check_fits, limits_for, set_limits
+from edgetrain.export.engines.configure import Order, check_precision, configuration
+from edgetrain.export.engines.device import target_for
+from edgetrain.export.engines.graph import EnginePrecision, bytes_sha256, read_graph
+from edgetrain.export.engines.limits import check_fits, limits_for
 from edgetrain.export.engines.log import BuildLog, build_log, last_errors
 from edgetrain.export.engines.parsing import is_typed, network_of, weight_names
 from edgetrain.export.engines.report import EngineReport, write_engine
@@ -36,20 +36,6 @@ from edgetrain.units import parse_size
 
 if TYPE_CHECKING:
     from edgetrain.profiles import Profile
-
-
-@dataclass(frozen=True)
-class _Order:
-    """All that a build was asked for."""
-
-    graph: Graph
-    engine: Path
-    target: Target
-    precision: EnginePrecision
-    batch: Batch | None
-    limits: Limits
-    refit: bool
-    timing: TimingCache
 
 
 def build_engine(
@@ -89,7 +75,7 @@ def build_engine(
     """
     graph, path = read_graph(onnx), Path(engine)
     target = target_for(device, compute_capability)
-    order = _Order(
+    order = Order(
         graph=graph,
         engine=path,
         target=target,
@@ -117,14 +103,13 @@ def build_engine(
     return _build(choose_builder(target.capability, name=builder, refit=refit, command=commands), order)
 
 
-def _build(builder: Builder, order: _Order) -> EngineReport:
+def _build(builder: Builder, order: Order) -> EngineReport:
     trt, log = builder.module, build_log(builder.module)
-    typed = is_typed(builder)
-    _check_precision(builder, order, typed=typed)
+    check_precision(builder, order)
     began = time.perf_counter()
     trt_builder = trt.Builder(log)
-    network, parser = network_of(builder, trt_builder, order.graph, log, typed=typed)
-    config = _configure(builder, trt_builder, order, typed=typed)
+    network, parser = network_of(builder, trt_builder, order.graph, log, typed=is_typed(builder))
+    config = configuration(builder, trt_builder, order)
     names = weight_names(builder, order.graph) if order.refit else {}
     layers = int(network.num_layers)
     content = trt_builder.build_serialized_network(network, config)
@@ -133,7 +118,6 @@ def _build(builder: Builder, order: _Order) -> EngineReport:
     if content is None:
         raise _failed(builder, order, log)
     check_fits(order.limits, log.memory_bytes)
-    order.timing.save(config)
     plan = bytes(content)
     report = EngineReport(
         path=order.engine,
@@ -162,41 +146,11 @@ def _build(builder: Builder, order: _Order) -> EngineReport:
         notes=(*order.target.notes, *order.timing.notes, *log.warnings),
     )
     write_engine(plan, report)
+    order.timing.save(config)
     return report
 
 
-def _check_precision(builder: Builder, order: _Order, *, typed: bool) -> None:
-    has, wanted = order.graph.precision, order.precision
-    if has == wanted or (not typed and (has, wanted) == ("fp32", "fp16")):
-        return
-    raise ExportError(
-        found=f"{order.graph.path.name} is an {has} graph, and the engine is to be {wanted}",
-        expected=f"an {wanted} graph: {builder.name} {builder.version} takes the precision from it",
-        action=f"export it with --precision {wanted} first, or build with precision={has!r}",
-    )
-
-
-def _configure(builder: Builder, trt_builder: Any, order: _Order, *, typed: bool) -> Any:
-    trt = builder.module
-    config = trt_builder.create_builder_config()
-    set_limits(trt, config, order.limits)
-    if builder.capabilities:
-        config.num_compute_capabilities = 1
-        name = "SM{}{}".format(*order.target.capability)
-        config.set_compute_capability(getattr(trt.ComputeCapability, name), 0)
-    if not typed and order.precision != "fp32":
-        config.set_flag(getattr(trt.BuilderFlag, order.precision.upper()))
-    if order.precision == "fp32" and hasattr(trt.BuilderFlag, "TF32"):
-        config.clear_flag(trt.BuilderFlag.TF32)
-    if order.refit:
-        config.set_flag(trt.BuilderFlag.REFIT)
-    if order.batch is not None:
-        add_batch(trt_builder, config, order.graph, order.batch)
-    order.timing.load(config)
-    return config
-
-
-def _failed(builder: Builder, order: _Order, log: BuildLog) -> ExportError:
+def _failed(builder: Builder, order: Order, log: BuildLog) -> ExportError:
     """Why the builder gave no engine, as an error."""
     return ExportError(
         found=f"{builder.name} {builder.version} builds no engine from {order.graph.path.name}: {last_errors(log)}",

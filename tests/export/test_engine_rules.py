@@ -66,6 +66,15 @@ def test_what_is_no_graph_is_refused(tmp_path: Path) -> None:
             read_graph(tmp_path / name)
 
 
+def test_weights_in_other_files_are_refused(graph_path: Path) -> None:
+    import onnx
+
+    model = onnx.load(str(graph_path))
+    onnx.save(model, str(graph_path), save_as_external_data=True, location="weights", size_threshold=0)
+    with pytest.raises(ExportError, match="keeps its weights in other files"):
+        read_graph(graph_path)
+
+
 def test_batches(tmp_path: Path) -> None:
     free = read_graph(write_graph(tmp_path / "free.onnx"))
     fixed = read_graph(write_graph(tmp_path / "fixed.onnx", batch=4))
@@ -181,11 +190,19 @@ def test_no_builder_that_fits_gives_the_command(graph_path: Path, monkeypatch: p
         edgetrain.build_engine(graph_path, graph_path.with_suffix(".engine"), device="orin-nano-8gb")
     assert command.TRTEXEC in refused.value.action
     assert 'build_engine("m.onnx", "m.engine", device="orin-nano-8gb"' in refused.value.action
+    assert "budget" not in refused.value.action
+    with pytest.raises(ExportError, match=r"budget=1073741824"):
+        edgetrain.build_engine(graph_path, graph_path.with_suffix(".engine"), device="orin-nano-8gb", budget="1GiB")
     with pytest.raises(ExportError, match="beside a CUDA device"):
         edgetrain.build_engine(graph_path, graph_path.with_suffix(".engine"), compute_capability="8.6", refit=True)
     assert not graph_path.with_suffix(".engine").exists()
     with pytest.raises(UsageError, match="tensorrt or tensorrt_rtx"):
         edgetrain.build_engine(graph_path, graph_path.with_suffix(".engine"), compute_capability="8.6", builder="nvcc")
+    with pytest.raises(UsageError, match="tensorrt or tensorrt_rtx"):
+        edgetrain.export.engine_weight_names(graph_path, builder="nvcc")
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(MissingExtraError, match=r"edgetrain\[tensorrt\]"):
+        edgetrain.export.engine_weight_names(graph_path)
 
 
 def test_the_device_itself_is_built_for_by_its_own_tensorrt(

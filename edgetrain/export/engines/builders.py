@@ -62,6 +62,18 @@ class Builder:
         return f"{self.name} {self.version} builds for the GPU it runs on, and this machine {where}"
 
 
+def installed_builders(name: str | None = None) -> list[Builder]:
+    """All that are installed, in the order of :data:`NAMES`, or the one called ``name`` alone.
+
+    Raises:
+        UsageError: no builder has that name.
+    """
+    if name is not None and name not in NAMES:
+        raise UsageError(found=f"builder {name!r}", expected=" or ".join(NAMES), action="pass one of these, or none")
+    found = map(installed_builder, NAMES if name is None else (name,))
+    return [builder for builder in found if builder is not None]
+
+
 def installed_builder(name: str) -> Builder | None:
     """The builder of that import name; None where it is not installed."""
     try:
@@ -84,10 +96,8 @@ def choose_builder(capability: Capability, *, name: str | None = None, refit: bo
         MissingExtraError: no builder is installed.
         ExportError: none of the installed ones can; the message holds ``command``.
     """
-    if name is not None and name not in NAMES:
-        raise UsageError(found=f"builder {name!r}", expected=" or ".join(NAMES), action="pass one of these, or none")
     wanted = NAMES if name is None else (name,)
-    builders = [builder for builder in map(installed_builder, wanted) if builder is not None]
+    builders = installed_builders(name)
     if not builders:
         raise MissingExtraError(
             found=f"{' and '.join(wanted)} {'are' if len(wanted) > 1 else 'is'} not installed",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from edgetrain.export.engines.batch import Batch, shape_at
 from edgetrain.export.engines.graph import EnginePrecision, Graph
-from edgetrain.export.engines.limits import Limits
+from edgetrain.export.engines.limits import Limits, own_budget_bytes
 from edgetrain.units import MIB
 
 if TYPE_CHECKING:
@@ -91,6 +91,8 @@ def build_commands(
         options = [f"device={quoted(profile.name)}", f"precision={quoted(precision)}"]
         if batch is not None:
             options.append(f"batch=({batch.smallest}, {batch.usual}, {batch.largest})")
+        if limits.budget_bytes != own_budget_bytes(profile):
+            options.append(f"budget={limits.budget_bytes}")
         options += ["refit=True"] if refit else []
         call = f"build_engine({quoted(graph.path.name)}, {quoted(engine.name)}, {', '.join(options)})"
         lines.append(python_command(call))

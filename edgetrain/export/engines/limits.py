@@ -72,7 +72,7 @@ def limits_for(
         BudgetError: the weights alone do not fit.
     """
     if budget_bytes is None and profile is not None:
-        budget_bytes = profile.default_budget_bytes or profile.available_bytes
+        budget_bytes = own_budget_bytes(profile)
     shared = [_SHARED_KIB[capability] * KIB for capability in capabilities if capability in _SHARED_KIB]
     shared_bytes = min(shared) if len(shared) == len(capabilities) else None
     if budget_bytes is None:
@@ -84,6 +84,11 @@ def limits_for(
             action="export with fp16 or int8, take a smaller network, or pass a larger budget",
         )
     return Limits(budget_bytes, budget_bytes - weight_bytes, shared_bytes)
+
+
+def own_budget_bytes(profile: Profile) -> int | None:
+    """The budget where none is given; None: the profile does not say."""
+    return profile.default_budget_bytes or profile.available_bytes
 
 
 def set_limits(trt: ModuleType, config: Any, limits: Limits) -> None:

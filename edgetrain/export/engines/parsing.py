@@ -11,8 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from edgetrain.errors import ExportError
-from edgetrain.export.engines.builders import NAMES, Builder, installed_builder
+from edgetrain.errors import ExportError, MissingExtraError
+from edgetrain.export.engines.builders import Builder, cuda_capability, installed_builders
 from edgetrain.export.engines.graph import Graph, read_graph
 from edgetrain.export.engines.log import BuildLog, build_log, last_errors
 
@@ -47,25 +47,21 @@ def engine_weight_names(onnx_path: str | Path, *, builder: str | None = None) ->
     """By ONNX initialiser, the name of the engine's weight that holds it; other initialisers are left out.
 
     Args:
-        builder: ``tensorrt`` or ``tensorrt_rtx``; None: the first one that reads graphs here without a GPU.
+        builder: ``tensorrt`` or ``tensorrt_rtx``; None: one that reads graphs here.
 
     Raises:
+        UsageError: ``builder`` is none.
         ExportError: the graph is not read.
-        MissingExtraError: no builder is installed.
+        MissingExtraError: no builder that reads graphs here is installed.
     """
-    from edgetrain.errors import MissingExtraError
-
-    for name in (builder,) if builder is not None else reversed(NAMES):
-        chosen = installed_builder(name)
-        if chosen is not None and (chosen.capabilities or _has_cuda()):
-            break
-    else:
-        raise MissingExtraError(
-            found="no TensorRT that reads a graph here is installed",
-            expected="tensorrt_rtx, or tensorrt and a CUDA device",
-            action="run pip install 'edgetrain[tensorrt]'",
-        )
-    return weight_names(chosen, read_graph(onnx_path))
+    for chosen in installed_builders(builder):
+        if chosen.capabilities or cuda_capability() is not None:
+            return weight_names(chosen, read_graph(onnx_path))
+    raise MissingExtraError(
+        found="no TensorRT that reads a graph here is installed",
+        expected="tensorrt_rtx, or tensorrt beside a CUDA device",
+        action="run pip install 'edgetrain[tensorrt]'",
+    )
 
 
 def weight_names(builder: Builder, graph: Graph) -> dict[str, str]:
@@ -90,12 +86,6 @@ def is_typed(builder: Builder) -> bool:
 
 def _has_implicit_batch(trt: ModuleType) -> bool:
     return hasattr(trt.Builder, "max_batch_size")
-
-
-def _has_cuda() -> bool:
-    from edgetrain.export.engines.builders import cuda_capability
-
-    return cuda_capability() is not None
 
 
 def _parser_errors(parser: Any, graph: Graph, log: BuildLog) -> str:
