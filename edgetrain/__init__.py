@@ -13,7 +13,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from edgetrain import chain, export, memory, models, nn, planner, runtime, train
     from edgetrain.chain import freeze
-    from edgetrain.export import EngineReport, build_engine, export_onnx, fold, infer
+    from edgetrain.export import EngineReport, build_engine, export_onnx, infer
+    from edgetrain.export.fold import fold
     from edgetrain.memory import Estimate, estimate
     from edgetrain.models import create_model
     from edgetrain.planner import Plan, plan, uniform_plan

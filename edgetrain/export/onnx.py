@@ -10,10 +10,12 @@ and the lint finds no error, the graph is renamed, and after it the certificate.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -129,7 +131,7 @@ def export_onnx(
         trained, folded = _logits(whole, shown.pixels), _logits(plain, shown.pixels)
         first = Path(folder) / "fp32.onnx"
         graph = write_graph(plain, shown.pixels[:2], first, opset=opset.version, batch_size=batch_size)
-        proof = Proof(shown)
+        proof = Proof(shown, partial(_rounding, whole, shown.pixels, trained))
         proof.step(trained, folded, before=TRAINED, after=FOLDED, evaluator=PYTORCH, precision="fp32")
         exact = proof.graph(first, graph, folded, before=FOLDED, precision="fp32")
         last, final = first, exact
@@ -209,6 +211,12 @@ def _logits(model: nn.Module, pixels: Tensor) -> Logits:
     model.eval()
     with torch.no_grad():
         return np.concatenate([model(part).numpy() for part in pixels.split(_BATCH)])
+
+
+def _rounding(model: nn.Module, pixels: Tensor, single: Logits) -> float:
+    """Largest difference of the logits in float32, ``single``, from those in float64, relative to the largest."""
+    exact = _logits(copy.deepcopy(model).double(), pixels.double())
+    return float(np.abs(single - exact).max() / np.abs(exact).max())
 
 
 def _folds(folds: Sequence[Fold]) -> tuple[FoldEntry, ...]:

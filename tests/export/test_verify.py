@@ -40,8 +40,14 @@ def test_an_export_that_fails_leaves_the_old_file_as_it_was(tmp_path: Path, monk
     path = tmp_path / "m.onnx"
     edgetrain.export_onnx(small_network(), path, input_shape=(3, 8, 8))
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    monkeypatch.setitem(edgetrain.export.verify.BOUNDS, "fp32", 0.0)
-    with pytest.raises(ExportError):
+
+    def wrong(model: torch.nn.Module) -> torch.nn.Module:
+        plain = edgetrain.fold(model)
+        plain.get_parameter("stem.weight").mul_(1 + 1e-3)
+        return plain
+
+    monkeypatch.setattr("edgetrain.export.onnx.fold", wrong)
+    with pytest.raises(ExportError, match="folded module in PyTorch differs from training module"):
         edgetrain.export_onnx(small_network(), path, input_shape=(3, 8, 8))
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
@@ -54,6 +60,30 @@ def test_the_model_is_left_as_it_was(tmp_path: Path):
     assert model.training
     assert not model.norm.training
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+
+
+def cancelling(factor: float) -> torch.nn.Sequential:
+    """A network that subtracts two nearly equal numbers, and so shows the rounding of float32 times ``factor``."""
+    torch.manual_seed(4)
+    wide = torch.nn.Conv2d(3, 8, 3, padding=1)
+    with torch.no_grad():
+        wide.bias.add_(factor)
+    norm = torch.nn.BatchNorm2d(8)
+    norm.running_mean.fill_(factor)
+    return torch.nn.Sequential(wide, norm, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 4))
+
+
+def test_a_network_that_rounds_more_is_held_to_its_own_rounding(tmp_path: Path):
+    """PyTorch's float32 is itself further than 1e-5 from float64; the bound is four times that, and says so."""
+    model, images = cancelling(1e4).eval(), torch.rand(16, 3, 8, 8)
+    with torch.no_grad():
+        single, exact = model(images), cancelling(1e4).double().eval()(images.double())
+    rounding = float((single - exact).abs().max() / exact.abs().max())
+    assert rounding > 1e-5
+    export = edgetrain.export_onnx(model, tmp_path / "m.onnx", input_shape=(3, 8, 8), images=images)
+    first = export.certificate.steps[0]
+    assert 1e-5 < first.max_difference <= first.bound
+    assert first.bound == pytest.approx(4 * rounding, rel=1e-3)
 
 
 def test_a_damaged_graph(tmp_path: Path):
