@@ -5,7 +5,8 @@ The model is copied and put into evaluation mode, then
 1. parametrised tensors are computed once              (:mod:`edgetrain.export.folds.parametrisations`)
 2. layers of this package become plain operations      (:mod:`edgetrain.export.folds.plain_layers`)
 3. ``forward`` becomes one graph of layers of torch    (:mod:`edgetrain.export.folds.inlining`)
-4. operations on weights alone are computed once       (:mod:`edgetrain.export.folds.constants`)
+4. operations on weights alone are computed once       (:mod:`edgetrain.export.folds.constants`),
+   and functions that take the result become layers    (:mod:`edgetrain.export.folds.functional`)
 5. affine maps go into the layer before them           (:mod:`edgetrain.export.folds.after`)
 6. residuals of one convolution go into it             (:mod:`edgetrain.export.folds.residual`)
 7. affine maps go into the layer after them            (:mod:`edgetrain.export.folds.before`)
@@ -29,6 +30,7 @@ from edgetrain.export.folds.after import describe_affine, fold_after, reason_aft
 from edgetrain.export.folds.before import fold_before, reason_before
 from edgetrain.export.folds.constants import fold_constants
 from edgetrain.export.folds.draft import Draft, describe, layer_class
+from edgetrain.export.folds.functional import layers_of_functions
 from edgetrain.export.folds.halves import fold_halves
 from edgetrain.export.folds.inlining import Inliner
 from edgetrain.export.folds.parametrisations import fold_parametrisations
@@ -76,7 +78,7 @@ def fold(model: nn.Module) -> Plain:
     inliner = Inliner(root)
     draft = Draft(inliner.root, inliner.graph, _below(inliner.root is not root, origins), [*done, *inliner.done])
     draft.drop_unused()  # the operands of assertions
-    for step in (fold_constants, fold_after, fold_residuals, fold_after, fold_before, fold_halves):
+    for step in (fold_constants, layers_of_functions, fold_after, fold_residuals, fold_after, fold_before, fold_halves):
         step(draft)
     draft.drop_unused()
     _name_what_stays(draft)
@@ -138,7 +140,9 @@ def _name_what_stays(draft: Draft) -> None:
     for node in draft.graph.nodes:
         affine = affine_of(draft, node)
         if affine is None and is_batch_norm(draft, node):
-            draft.skipped.append(Fold("batch norm", describe(node), "it normalises with the statistics of its input"))
+            own = "it normalises with the statistics of its input"
+            reason = own if node.op == "call_module" else f"{own}, or with factors that are computed from it"
+            draft.skipped.append(Fold("batch norm", describe(node), reason))
         elif affine is not None and (affine.batch_norm or affine.x.op == "placeholder"):
             reasons = (reason_after(draft, affine), reason_before(draft, node, affine))
             kind = "batch norm" if affine.batch_norm else "input normalisation"

@@ -345,12 +345,29 @@ class Doubling(nn.Conv2d):
         return 2.0 * super()._conv_forward(x, weight, bias)
 
 
+class Standardised(nn.Conv2d):
+    """Its weight has mean 0 and variance 1, and it pads by hand."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        weight = centred * torch.rsqrt(self.weight.var((1, 2, 3), keepdim=True) + 1e-5)
+        return nn.functional.conv2d(nn.functional.pad(x, (0, 1, 0, 1)), weight, self.bias, groups=self.groups)
+
+
 def test_subclasses_of_layers() -> None:
     plain = folded(nn.Sequential(Renamed(4), nn.BatchNorm2d(4)), (2, 4, 6, 6))
     assert operations(plain) == {"Conv2d": 1}
     plain = folded(nn.Sequential(Doubling(4, 4, 3), nn.BatchNorm2d(4)), (2, 4, 6, 6))
-    assert done(plain, "batch norm") == 0
-    assert kept(plain) == ["it follows mul, which has no weights; the network ends with it"]
+    assert done(plain, "batch norm") == 1
+    assert operations(plain) == {"Conv2d": 1}
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_a_weight_that_is_computed_on_each_call(dtype: torch.dtype) -> None:
+    plain = folded(nn.Sequential(Standardised(4, 6, 2, groups=2), nn.BatchNorm2d(6)), (2, 4, 6, 6), dtype)
+    assert done(plain, "constant") == 6
+    assert operations(plain) == {"pad": 1, "Conv2d": 1}
+    assert set(plain.origins["conv2d.weight"]) == {"0.weight", "1.weight", "1.bias", "1.running_mean", "1.running_var"}
 
 
 def test_a_single_layer_is_a_network_too() -> None:

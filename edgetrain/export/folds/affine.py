@@ -83,7 +83,7 @@ def _of_function(draft: Draft, node: torch.fx.Node) -> Affine | None:
     x, eps = values["input"], values["eps"]
     if mean is None or var is None or unknown or values["training"] is not False:
         return None
-    if not isinstance(x, torch.fx.Node) or not isinstance(eps, float):
+    if not isinstance(x, torch.fx.Node) or not isinstance(eps, (int, float)):
         return None
     sources = tuple(str(values[n].target) for n in names if values[n] is not None)
     return Affine(x, *_normalisation(mean, var, weight, bias, eps), sources, True)

@@ -112,9 +112,7 @@ def _absorb(draft: Draft, node: torch.fx.Node, affine: Affine, *, shifted: bool)
     vectors = affine.per_channel(layer, channels_out(layer))
     assert vectors is not None
     scale, shift = vectors
-    had_bias = layer.bias is not None
     map_output(layer, scale, shift if shifted else torch.zeros_like(shift))
     draft.grow(f"{node.target}.weight", affine.sources)
     if layer.bias is not None:
         draft.grow(f"{node.target}.bias", affine.sources)
-        assert had_bias or shifted

@@ -30,7 +30,7 @@ def fold_constants(draft: Draft) -> None:
         value = _value(node, {source: tensor for source, tensor in tensors.items() if tensor is not None})
         if not isinstance(value, Tensor):
             continue
-        buffer = f"constant_{count}"
+        buffer = draft.free_name(f"constant_{count}")
         count += 1
         draft.root.register_buffer(buffer, value)
         draft.grow(buffer, [str(source.target) for source in sources])
@@ -51,10 +51,11 @@ def _value(node: torch.fx.Node, tensors: dict[torch.fx.Node, Tensor]) -> Any:
         return tensor.double() if tensor.is_floating_point() else tensor
 
     args, kwargs = substitute((tuple(node.args), dict(node.kwargs)), operand)
-    if node.op == "call_method":
-        value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    else:
-        value = node.target(*args, **kwargs)  # type: ignore[operator]
+    function = getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target
+    try:
+        value = function(*args, **kwargs)  # type: ignore[operator]
+    except (RuntimeError, TypeError):
+        return None
     if isinstance(value, Tensor) and value.is_floating_point() and len(kinds) == 1:
         return value.to(kinds.pop()).contiguous().clone()
     return None

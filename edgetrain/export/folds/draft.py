@@ -41,6 +41,10 @@ class Draft:
     skipped: list[Fold] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.count_calls()
+
+    def count_calls(self) -> None:
+        """Counts how often each module is called."""
         called = [node for node in self.graph.nodes if node.op == "call_module"]
         # a module may have several paths
         self._calls = Counter(id(self.root.get_submodule(str(node.target))) for node in called)
@@ -74,6 +78,12 @@ class Draft:
         """Notes that the parameters or buffers ``sources`` have gone into the parameter ``name``."""
         added = [origin for source in sources for origin in self.origins.get(source, (source,))]
         self.origins[name] = tuple(dict.fromkeys([*self.origins.get(name, ()), *added]))
+
+    def free_name(self, name: str) -> str:
+        """``name``, or one like it that ``root`` does not have yet."""
+        while hasattr(self.root, name):
+            name += "_"
+        return name
 
     def tensor(self, node: object) -> Tensor | None:
         """The parameter, buffer or attribute that ``node`` reads."""
