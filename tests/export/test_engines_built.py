@@ -56,6 +56,7 @@ def test_an_engine_stands_beside_its_report(reports: dict[str, EngineReport]) ->
         assert json.loads(report_path(report.path).read_text())["versions"]["tensorrt_rtx"] == report.version
         assert read_report(report.path) == report
         assert "does not run there" in report.notes[0]
+        assert not any("keeps its own limit" in note for note in report.notes)
     assert not list(reports["fp32"].path.parent.glob(".*"))
 
 
