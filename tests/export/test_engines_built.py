@@ -125,6 +125,16 @@ def test_a_refused_node_is_named(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [graph]
 
 
+def test_a_layer_that_the_chip_does_not_have_is_named(tmp_path: Path) -> None:
+    # TensorRT for RTX: no matrix product in fp32 for compute capability 7.5
+    torch.manual_seed(0)
+    classifier = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 10))
+    edgetrain.export_onnx(classifier, tmp_path / "m.onnx", input_shape=(3, 4, 4))
+    assert edgetrain.build_engine(tmp_path / "m.onnx", tmp_path / "m.engine", compute_capability="8.6").layers > 0
+    with pytest.raises(ExportError, match=r"Gemm.*Turing"):
+        edgetrain.build_engine(tmp_path / "m.onnx", tmp_path / "m.engine", compute_capability="7.5")
+
+
 def test_a_device_that_it_does_not_know_gets_a_command(tmp_path: Path) -> None:
     if cuda_capability() is not None:
         pytest.skip("there is a CUDA device here")
