@@ -109,7 +109,7 @@ def _build(builder: Builder, order: Order) -> EngineReport:
     began = time.perf_counter()
     trt_builder = trt.Builder(log)
     network, parser = network_of(builder, trt_builder, order.graph, log, typed=is_typed(builder))
-    config = configuration(builder, trt_builder, order)
+    config, notes = configuration(builder, trt_builder, order)
     names = weight_names(builder, order.graph) if order.refit else {}
     layers = int(network.num_layers)
     content = trt_builder.build_serialized_network(network, config)
@@ -143,7 +143,7 @@ def _build(builder: Builder, order: Order) -> EngineReport:
         structure_sha256=order.graph.structure_sha256,
         engine_sha256=bytes_sha256(plan),
         versions=_versions(builder),
-        notes=(*order.target.notes, *order.timing.notes, *log.warnings),
+        notes=(*order.target.notes, *notes, *log.warnings),
     )
     write_engine(plan, report)
     order.timing.save(config)

@@ -110,9 +110,13 @@ def test_a_chip_that_stands_in_gives_no_more_shared_memory_than_either_has() -> 
 def test_pools_of_later_releases() -> None:
     given: dict[str, int] = {}
     pools = SimpleNamespace(WORKSPACE="w", TACTIC_DRAM="d", TACTIC_SHARED_MEMORY="s")
-    config = SimpleNamespace(set_memory_pool_limit=given.__setitem__)
-    set_limits(SimpleNamespace(MemoryPoolType=pools), config, Limits(10, 7, 3))  # type: ignore[arg-type]
-    assert given == {"w": 7, "d": 10, "s": 3}
+    trt: Any = SimpleNamespace(MemoryPoolType=pools)
+    config = SimpleNamespace(set_memory_pool_limit=given.__setitem__, get_memory_pool_limit=given.__getitem__)
+    assert set_limits(trt, config, Limits(1000, 700, 300)) == ()
+    assert given == {"w": 700, "d": 512, "s": 300}  # the largest power of two in 1000
+    config.get_memory_pool_limit = lambda pool: 700
+    notes = set_limits(trt, config, Limits(1000, 700, 300))
+    assert ["TACTIC_DRAM" in notes[0], "TACTIC_SHARED_MEMORY" in notes[1], len(notes)] == [True, True, 2]
 
 
 def test_an_engine_that_does_not_fit_is_refused() -> None:

@@ -56,6 +56,7 @@ def test_an_engine_stands_beside_its_report(reports: dict[str, EngineReport]) ->
         assert json.loads(report_path(report.path).read_text())["versions"]["tensorrt_rtx"] == report.version
         assert read_report(report.path) == report
         assert "does not run there" in report.notes[0]
+        assert not any("keeps its own limit" in note for note in report.notes)
     assert not list(reports["fp32"].path.parent.glob(".*"))
 
 
@@ -122,6 +123,16 @@ def test_a_refused_node_is_named(tmp_path: Path) -> None:
         edgetrain.build_engine(graph, tmp_path / "m.engine", compute_capability="8.6")
     assert "tensorrt_rtx" in refused.value.found
     assert list(tmp_path.iterdir()) == [graph]
+
+
+def test_a_layer_that_the_chip_does_not_have_is_named(tmp_path: Path) -> None:
+    # TensorRT for RTX: no matrix product in fp32 for compute capability 7.5
+    torch.manual_seed(0)
+    classifier = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 10))
+    edgetrain.export_onnx(classifier, tmp_path / "m.onnx", input_shape=(3, 4, 4))
+    assert edgetrain.build_engine(tmp_path / "m.onnx", tmp_path / "m.engine", compute_capability="8.6").layers > 0
+    with pytest.raises(ExportError, match=r"Gemm.*Turing"):
+        edgetrain.build_engine(tmp_path / "m.onnx", tmp_path / "m.engine", compute_capability="7.5")
 
 
 def test_a_device_that_it_does_not_know_gets_a_command(tmp_path: Path) -> None:

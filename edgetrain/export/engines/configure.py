@@ -50,11 +50,11 @@ def check_precision(builder: Builder, order: Order) -> None:
     )
 
 
-def configuration(builder: Builder, trt_builder: Any, order: Order) -> Any:
-    """The builder's configuration of the order."""
+def configuration(builder: Builder, trt_builder: Any, order: Order) -> tuple[Any, tuple[str, ...]]:
+    """The builder's configuration of the order, and what a person should know of it."""
     trt = builder.module
     config = trt_builder.create_builder_config()
-    set_limits(trt, config, order.limits)
+    notes = set_limits(trt, config, order.limits)
     if builder.capabilities:
         config.num_compute_capabilities = 1
         name = "SM{}{}".format(*order.target.capability)
@@ -68,4 +68,4 @@ def configuration(builder: Builder, trt_builder: Any, order: Order) -> Any:
     if order.batch is not None:
         add_batch(trt_builder, config, order.graph, order.batch)
     order.timing.load(config)
-    return config
+    return config, (*notes, *order.timing.notes)

@@ -91,21 +91,32 @@ def own_budget_bytes(profile: Profile) -> int | None:
     return profile.default_budget_bytes or profile.available_bytes
 
 
-def set_limits(trt: ModuleType, config: Any, limits: Limits) -> None:
-    """Gives them to the builder's configuration; releases before 8.4 know the workspace alone."""
+def set_limits(trt: ModuleType, config: Any, limits: Limits) -> tuple[str, ...]:
+    """Gives them to the builder's configuration; releases before 8.4 know the workspace alone.
+
+    Returns:
+        What a person should know: a builder that does not take a size says so in its log and goes on without.
+    """
     pools = getattr(trt, "MemoryPoolType", None)
     if pools is None:
         if limits.workspace_bytes is not None:
             config.max_workspace_size = limits.workspace_bytes
-        return
+        return ()
     wanted = {
         "WORKSPACE": limits.workspace_bytes,
-        "TACTIC_DRAM": limits.budget_bytes,
+        # what kernels may take while they are tried; this pool takes powers of two alone
+        "TACTIC_DRAM": None if limits.budget_bytes is None else 1 << (limits.budget_bytes.bit_length() - 1),
         "TACTIC_SHARED_MEMORY": limits.shared_bytes,
     }
+    notes = []
     for name, size_bytes in wanted.items():
-        if size_bytes is not None and hasattr(pools, name):
-            config.set_memory_pool_limit(getattr(pools, name), size_bytes)
+        if size_bytes is None or not hasattr(pools, name):
+            continue
+        pool = getattr(pools, name)
+        config.set_memory_pool_limit(pool, size_bytes)
+        if config.get_memory_pool_limit(pool) != size_bytes:
+            notes.append(f"the builder keeps its own limit of {name} and did not take {format_mib(size_bytes)}")
+    return tuple(notes)
 
 
 def check_fits(limits: Limits, memory_bytes: dict[str, int]) -> None:
