@@ -23,6 +23,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from edgetrain.errors import ExportError, MissingExtraError
+from edgetrain.export.classifier import PixelLinear, with_bias
 from edgetrain.export.images import NETWORK
 
 if TYPE_CHECKING:
@@ -33,12 +34,15 @@ if TYPE_CHECKING:
 INPUT, OUTPUT = "images", "logits"
 
 
-def write_graph(plain: Plain, sample: Tensor, path: Path, *, opset: int, batch_size: int | None) -> ModelProto:
+def write_graph(
+    plain: Plain, sample: Tensor, path: Path, *, opset: int, batch_size: int | None, without_product: bool = False
+) -> ModelProto:
     """A folded module on the CPU as a graph in ``path``.
 
     Args:
         sample: (n, c, h, w), to trace with.
         batch_size: fixed first dimension of input and output; None leaves it open.
+        without_product: linear layers as convolutions.
 
     Raises:
         ExportError: the graph writer cannot express the module.
@@ -51,7 +55,7 @@ def write_graph(plain: Plain, sample: Tensor, path: Path, *, opset: int, batch_s
     dynamic = {INPUT: {0: "batch"}, OUTPUT: {0: "batch"}} if batch_size is None else None
     if batch_size is not None:
         sample = sample[:1].expand(batch_size, *sample.shape[1:]).contiguous()  # (batch_size, c, h, w)
-    flat = flattened(plain)
+    flat = flattened(plain, without_product=without_product)
     with warnings.catch_warnings(), torch.no_grad():
         # this graph writer is marked as deprecated, and it warns of every shape that the trace fixes
         warnings.simplefilter("ignore")
@@ -80,20 +84,22 @@ def write_graph(plain: Plain, sample: Tensor, path: Path, *, opset: int, batch_s
     return graph
 
 
-def flattened(plain: Plain) -> torch.fx.GraphModule:
+def flattened(plain: Plain, *, without_product: bool = False) -> torch.fx.GraphModule:
     """``plain`` with every layer directly in the root, called after its whole path (``stage1/0/f``).
 
-    The graph writer names a node after the last part of its module's path alone. A linear layer without a bias gets
-    one of zeros: with it the writer keeps the weight as it is, else it writes a transposed copy that has no name.
+    The graph writer names a node after the last part of its module's path alone. Linear layers are written as
+    :mod:`edgetrain.export.classifier` says.
+
+    Args:
+        without_product: write them as convolutions.
     """
     graph = copy.deepcopy(plain.graph)
     parts: dict[str, Any] = {}
     for node in graph.nodes:
         if node.op == "call_module":
             layer = plain.get_submodule(node.target)
-            if isinstance(layer, nn.Linear) and layer.bias is None:
-                layer = copy.copy(layer)
-                layer._parameters = {**layer._parameters, "bias": nn.Parameter(torch.zeros(layer.out_features), False)}
+            if isinstance(layer, nn.Linear):
+                layer = PixelLinear(layer) if without_product else with_bias(layer)
             node.target = node.target.replace(".", "/")
             parts[node.target] = layer
         elif node.op == "get_attr":

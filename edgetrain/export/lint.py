@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from edgetrain.errors import ExportError
+from edgetrain.export.classifier import WITHOUT_PRODUCT
 from edgetrain.export.graph import opset_of
 from edgetrain.export.tensorrt_operators import known_operators, parse_version
 
@@ -165,7 +166,7 @@ def _auto_pad(model: ModelProto, profile: Profile | None) -> Iterator[Finding]:
 def _gemm(model: ModelProto, profile: Profile | None) -> Iterator[Finding]:
     import onnx
 
-    if profile is None or profile.compute_capability_pair != (7, 5):
+    if profile is None or profile.compute_capability_pair != WITHOUT_PRODUCT:
         return
     constants = {value.name: value.data_type for value in model.graph.initializer}
     for node in [*_nodes(model, "Gemm"), *_nodes(model, "MatMul")]:

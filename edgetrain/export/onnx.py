@@ -34,6 +34,7 @@ from edgetrain.export.certificate import (
     describe_file,
     state_digest,
 )
+from edgetrain.export.classifier import WITHOUT_PRODUCT
 from edgetrain.export.describe import About, metadata, refit_map, text_digest, versions
 from edgetrain.export.fold import Fold, fold
 from edgetrain.export.graph import set_metadata, write_graph
@@ -130,7 +131,14 @@ def export_onnx(
         plain = fold(whole)
         trained, folded = _logits(whole, shown.pixels), _logits(plain, shown.pixels)
         first = Path(folder) / "fp32.onnx"
-        graph = write_graph(plain, shown.pixels[:2], first, opset=opset.version, batch_size=batch_size)
+        graph = write_graph(
+            plain,
+            shown.pixels[:2],
+            first,
+            opset=opset.version,
+            batch_size=batch_size,
+            without_product=profile is not None and profile.compute_capability_pair == WITHOUT_PRODUCT,
+        )
         proof = Proof(shown, partial(_rounding, whole, shown.pixels, trained))
         proof.step(trained, folded, before=TRAINED, after=FOLDED, evaluator=PYTORCH, precision="fp32")
         exact = proof.graph(first, graph, folded, before=FOLDED, precision="fp32")
