@@ -62,7 +62,6 @@ def run_demo(*, budget_bytes: int, epochs: int, seed: int, run_dir: Path, quiet:
         std=tuple(map(float, std)),
         seed=seed,
     )
-    record.write(run_dir)
     shared: dict[str, Any] = {"image_size": shape, "mean": mean, "std": std, "seed": seed}
 
     def test_loader() -> Loader:
@@ -85,6 +84,7 @@ def run_demo(*, budget_bytes: int, epochs: int, seed: int, run_dir: Path, quiet:
             input_shape=shape,
             recipe=Recipe(epochs=epochs, batch_size=DEMO_BATCH, seed=seed),
             run_dir=run_dir,
+            record=record,
             budget_bytes=budget_bytes,
             device=device,
             on_step=progress.step,

@@ -30,7 +30,7 @@ def export_text(exported: Export, *, explain: bool) -> str:
 def _step(step: Step) -> str:
     line = (
         f"  {step.before} -> {step.after}, {step.evaluator}, {step.images} images: largest difference "
-        f"{step.max_difference:.1e} of the largest logit (bound {step.bound:.0e}), mean {step.mean_difference:.1e}, "
+        f"{step.max_difference:.1e} of the largest logit (bound {step.bound:.2g}), mean {step.mean_difference:.1e}, "
         f"same class {step.top1_agreement:.1%}"
     )
     if step.accuracy_before is None:

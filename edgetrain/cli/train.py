@@ -195,7 +195,6 @@ def run_training(
         std=tuple(map(float, std)),
         seed=seed,
     )
-    record.write(out)
     loaders: list[Loader] = []
 
     def make_batches() -> tuple[Any, Any]:
@@ -221,6 +220,7 @@ def run_training(
             input_shape=input_shape,
             recipe=recipe,
             run_dir=out,
+            record=record,
             budget_bytes=budget_bytes,
             device="cuda" if torch.cuda.is_available() else "cpu",
             on_step=progress.step,
