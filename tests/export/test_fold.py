@@ -195,6 +195,26 @@ def test_a_residual_of_one_convolution_is_a_dirac_delta() -> None:
     assert operations(folded(Residual(nn.Linear(4, 4)), (3, 4))) == {"Linear": 1}
 
 
+class TwoPaths(nn.Module):
+    """norm(x) + inner(conv(x)), a training-time block of RepVGG."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.inner = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.norm(x) + self.inner(self.conv(x))).relu()
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_batch_norm_on_the_identity_path_is_a_scaled_dirac_delta(dtype: torch.dtype) -> None:
+    plain = folded(TwoPaths(), (2, 4, 6, 6), dtype)
+    assert done(plain, "batch norm") == 2
+    assert operations(plain) == {"Conv2d": 1, "relu": 1}
+    assert set(plain.origins["conv.bias"]) >= {"norm.running_mean", "inner.running_mean"}
+
+
 @pytest.mark.parametrize(
     "conv",
     [
