@@ -141,7 +141,7 @@ def test_batch_norm_before_zero_padding_goes_only_without_shift() -> None:
 
 
 REFUSED: dict[str, tuple[nn.Module, str]] = {
-    "used twice": (UsedTwice(), "the result of conv is used 2 times; add follows, which has no weights"),
+    "used twice": (UsedTwice(), "the result of conv is used 2 times; it precedes add, which has no weights"),
     "called twice": (CalledTwice(), "conv is called 2 times"),
     "transposed after": (
         nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 4, 3)),
@@ -150,7 +150,7 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     ),
     "between activations": (
         nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4), nn.ReLU()),
-        "it follows 0, which has no weights; 2 follows, which has no weights",
+        "it follows 0, which has no weights; it precedes 2, which has no weights",
     ),
     "own statistics": (
         nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)),
@@ -163,7 +163,7 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
             nn.BatchNorm2d(4),
             nn.ReLU(),
         ),
-        "it follows an addition: it follows 0, which has no weights; 3 follows, which has no weights",
+        "it follows an addition: it follows 0, which has no weights; it precedes 3, which has no weights",
     ),
 }
 
