@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.fx.proxy import TraceError
 from torch.overrides import TorchFunctionMode
 
-from edgetrain.chain.vocabulary import FACTORIES
+from edgetrain.chain.vocabulary import FACTORIES, PYTHON
 
 OpKind = Literal["call", "function", "method", "attribute"]
 
@@ -239,13 +239,26 @@ def _proxies_are_tensors() -> Iterator[None]:
             return plain(instance, classes)
         if sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.", __name__)):
             return plain(instance, classes)
-        return Tensor in (classes if plain(classes, tuple) else (classes,)) or plain(instance, classes)
+        as_tensor = Tensor in (classes if plain(classes, tuple) else (classes,)) and not _is_python(instance.node)
+        return as_tensor or plain(instance, classes)
 
     builtins.isinstance = isinstance_
     try:
         yield
     finally:
         builtins.isinstance = plain
+
+
+def _is_python(node: torch.fx.Node) -> bool:
+    """Whether ``node`` is a Python value: a size, or computed from sizes alone."""
+    if node.op == "call_method":
+        return node.target in PYTHON
+    if node.op != "call_function":
+        return False
+    if node.target is getattr:
+        return node.args[1] in PYTHON
+    sources = node.all_input_nodes
+    return bool(sources) and all(_is_python(source) for source in sources)
 
 
 @contextlib.contextmanager

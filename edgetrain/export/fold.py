@@ -37,6 +37,7 @@ from edgetrain.export.folds.parametrisations import fold_parametrisations
 from edgetrain.export.folds.plain_layers import plain_layer
 from edgetrain.export.folds.report import Fold, FoldReport
 from edgetrain.export.folds.residual import fold_residuals
+from edgetrain.nn import Invertible
 
 __all__ = ["Fold", "FoldReport", "Plain", "fold"]
 
@@ -59,7 +60,8 @@ class Plain(torch.fx.GraphModule):
 def fold(model: nn.Module) -> Plain:
     """What ``model`` computes in evaluation mode, as a plain module; ``model`` is left as it is.
 
-    Results agree to 1e-6 in float32 and 1e-12 in float64, relative to the largest. A folded model is returned as it is.
+    Results agree to 1e-6 in float32 and 1e-12 in float64, relative to the largest; ``docs/folding.md`` says what
+    holds for deep networks in float32. A folded model is returned as it is.
 
     *Danger*: batch norm over (n, c) is folded into a linear layer of c outputs. If the layer is applied to
     (n, c, c) instead, where batch norm acts on the middle axis, the result is another one; this is not checked.
@@ -93,7 +95,7 @@ def _copy(model: nn.Module) -> nn.Module:
         id(value): value.detach().clone() for value in attributes if isinstance(value, Tensor) and not value.is_leaf
     }
     # what the last training pass left for its inverse is no part of the network
-    records = [module.__dict__.get("saved") for module in model.modules()]
+    records = [module.saved for module in model.modules() if isinstance(module, Invertible)]
     memo.update({id(record): None for record in records if record is not None})
     return copy.deepcopy(model, memo)
 

@@ -122,13 +122,15 @@ class InPlace(nn.Module):
 
 
 class IntoAView(nn.Module):
-    """Half of a result is overwritten in place."""
+    """A result is overwritten in place by a layer, and then half of it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.act = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(self.conv(x))
+        self.act(y)
         y.chunk(2, 1)[0].add_(1.0)
         return y

@@ -141,7 +141,7 @@ def test_batch_norm_before_zero_padding_goes_only_without_shift() -> None:
 
 
 REFUSED: dict[str, tuple[nn.Module, str]] = {
-    "used twice": (UsedTwice(), "the result of conv is used 2 times; add follows, which has no weights"),
+    "used twice": (UsedTwice(), "the result of conv is used 2 times; it precedes add, which has no weights"),
     "called twice": (CalledTwice(), "conv is called 2 times"),
     "transposed after": (
         nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 4, 3)),
@@ -150,7 +150,7 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     ),
     "between activations": (
         nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4), nn.ReLU()),
-        "it follows 0, which has no weights; 2 follows, which has no weights",
+        "it follows 0, which has no weights; it precedes 2, which has no weights",
     ),
     "own statistics": (
         nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)),
@@ -163,7 +163,7 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
             nn.BatchNorm2d(4),
             nn.ReLU(),
         ),
-        "it follows an addition: it follows 0, which has no weights; 3 follows, which has no weights",
+        "it follows an addition: it follows 0, which has no weights; it precedes 3, which has no weights",
     ),
 }
 
@@ -193,6 +193,26 @@ def test_a_residual_of_one_convolution_is_a_dirac_delta() -> None:
         assert (done(plain, "Dirac delta"), done(plain, "batch norm")) == (1, 2)
         assert operations(plain) == {"Conv2d": 1}
     assert operations(folded(Residual(nn.Linear(4, 4)), (3, 4))) == {"Linear": 1}
+
+
+class TwoPaths(nn.Module):
+    """norm(x) + inner(conv(x)), a training-time block of RepVGG."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.inner = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.norm(x) + self.inner(self.conv(x))).relu()
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_batch_norm_on_the_identity_path_is_a_scaled_dirac_delta(dtype: torch.dtype) -> None:
+    plain = folded(TwoPaths(), (2, 4, 6, 6), dtype)
+    assert done(plain, "batch norm") == 2
+    assert operations(plain) == {"Conv2d": 1, "relu": 1}
+    assert set(plain.origins["conv.bias"]) >= {"norm.running_mean", "inner.running_mean"}
 
 
 @pytest.mark.parametrize(

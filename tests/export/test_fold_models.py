@@ -170,3 +170,15 @@ def test_the_folded_graph_runs_at_any_batch_size(name: str, opset: int, tmp_path
             expected = model(x)
         (logits,) = session.run(None, {"images": x.numpy()})
         torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_a_network_that_was_just_trained_by_inversion() -> None:
+    """Its blocks hold records of the last step, which are no part of the folded network."""
+    torch.manual_seed(0)
+    model = edgetrain.create_model("revnet18", widths=(8, 16, 16, 16))
+    plan = edgetrain.uniform_plan(model, "invert", input_shape=(3, 16, 16), batch_size=4)
+    edgetrain.wrap(model, plan)(torch.randn(4, 3, 16, 16)).sum().backward()
+    assert any(getattr(module, "saved", None) for module in model.modules())
+    plain = compare(model, torch.randn(2, 3, 16, 16, dtype=torch.double))
+    assert not any(parameter.requires_grad for parameter in plain.parameters())
+    assert all(parameter.grad is not None for parameter in model.parameters())

@@ -73,7 +73,7 @@ def _reason_without_weights(draft: Draft, node: torch.fx.Node) -> str:
             "it follows a coupling, whose identity path has no layer: as a Dirac delta it would take "
             f"{cost} more multiplications for each element, to save 2 operations"
         )
-    return f"it follows {describe(node)}, which has no weights"
+    return f"it follows {draft.lacks_weights(node)}"
 
 
 def coupling_cost(draft: Draft, node: torch.fx.Node) -> int | None:

@@ -15,7 +15,7 @@ import torch.fx
 
 from edgetrain.export.folds.affine import Affine, affine_of
 from edgetrain.export.folds.after import describe_affine
-from edgetrain.export.folds.draft import Draft, Weighted, describe
+from edgetrain.export.folds.draft import Draft, Weighted
 from edgetrain.export.folds.layers import border_reason, channels_in, map_input
 from edgetrain.export.folds.report import Fold
 
@@ -55,7 +55,7 @@ def reason_before(draft: Draft, node: torch.fx.Node, affine: Affine) -> str | No
         return "the network ends with it"
     layer = draft.weighted(users[0])
     if layer is None or users[0].args[0] is not node:
-        return f"{describe(users[0])} follows, which has no weights"
+        return f"it precedes {draft.lacks_weights(users[0])}"
     return _reason(draft, users[0], layer, affine)
 
 

@@ -21,18 +21,21 @@ from edgetrain.export.folds.report import Fold
 def fold_constants(draft: Draft) -> None:
     """Puts a buffer in the place of every operation whose operands are all parameters, buffers or numbers."""
     count = 0
+    exact: dict[str, Tensor] = {}
     for node in list(draft.graph.nodes):
         sources = node.all_input_nodes
         tensors = {source: draft.tensor(source) for source in sources}
         name = name_of(node)
         if not sources or not name or name.rstrip("_") in RANDOM or any(t is None for t in tensors.values()):
             continue
-        value = _value(node, {source: tensor for source, tensor in tensors.items() if tensor is not None})
-        if not isinstance(value, Tensor):
+        kinds = {t.dtype for t in tensors.values() if t is not None and t.is_floating_point()}
+        value = _value(node, {s: exact.get(str(s.target), t) for s, t in tensors.items() if t is not None})
+        if value is None or len(kinds) != 1:
             continue
         buffer = draft.free_name(f"constant_{count}")
         count += 1
-        draft.root.register_buffer(buffer, value)
+        exact[buffer] = value
+        draft.root.register_buffer(buffer, value.to(kinds.pop()))
         draft.grow(buffer, [str(source.target) for source in sources])
         with draft.graph.inserting_before(node):
             constant = draft.graph.get_attr(buffer)
@@ -40,9 +43,8 @@ def fold_constants(draft: Draft) -> None:
         draft.replace(node, constant)
 
 
-def _value(node: torch.fx.Node, tensors: dict[torch.fx.Node, Tensor]) -> Any:
-    """What ``node`` gives; None where it does not take float64."""
-    kinds = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+def _value(node: torch.fx.Node, tensors: dict[torch.fx.Node, Tensor]) -> Tensor | None:
+    """What ``node`` gives in float64; None where it does not take that, or gives no tensor of floats."""
 
     def operand(part: Any) -> Any:
         if not isinstance(part, torch.fx.Node):
@@ -56,6 +58,4 @@ def _value(node: torch.fx.Node, tensors: dict[torch.fx.Node, Tensor]) -> Any:
         value = function(*args, **kwargs)  # type: ignore[operator]
     except (RuntimeError, TypeError):
         return None
-    if isinstance(value, Tensor) and value.is_floating_point() and len(kinds) == 1:
-        return value.to(kinds.pop()).contiguous().clone()
-    return None
+    return value.contiguous().clone() if isinstance(value, Tensor) and value.is_floating_point() else None

@@ -59,6 +59,11 @@ class Draft:
         module = self.module(node)
         return module if isinstance(module, Weighted) else None
 
+    def lacks_weights(self, node: torch.fx.Node) -> str:
+        """Why nothing can go into ``node``, which is no layer with weights."""
+        whole = node.op == "call_module" and self.module(node) is None
+        return f"{describe(node)}, which {'stays whole' if whole else 'has no weights'}"
+
     def times_called(self, node: torch.fx.Node) -> int:
         """How often the module of ``node`` is called in the network."""
         return self._calls[id(self.root.get_submodule(str(node.target)))]

@@ -59,18 +59,21 @@ class Inliner:
             self.done.append(Fold("identity", path, f"{type(module).__name__} does nothing in evaluation mode"))
             return args[0]
         if not is_layer(module) or has_hooks(module):
-            newest, count = dict(self._newest), len(self.skipped)
+            newest, counts = dict(self._newest), (len(self.done), len(self.skipped))
+            in_place = [inner for inner in module.modules() if getattr(inner, "inplace", False) is True]
             try:
                 return self._opened(path, module, args, kwargs)
             except UntraceableError as error:
                 self._newest = newest
-                del self.skipped[count:]
+                del self.done[counts[0] :], self.skipped[counts[1] :]
+                for inner in in_place:
+                    inner.inplace = True  # type: ignore[assignment]
                 self.skipped.append(Fold("structure", path or type(module).__name__, str(error)))
         if not path:
             self.root, path = nn.ModuleDict({"network": module}), "network"
         overwrites = getattr(module, "inplace", False) is True
         if overwrites:
-            (operand,) = args or kwargs.values()
+            operand = next(iter((*args, *kwargs.values())))
             self._check_alone(operand, path)
             module.inplace = False  # type: ignore[assignment]
         node = self.graph.call_module(path, *substitute((args, dict(kwargs)), self._now))

@@ -52,15 +52,18 @@ def map_input(layer: Weighted, scale: Tensor, shift: Tensor) -> None:
     _set_weight(layer, weight * scale.reshape(shape))
 
 
-def add_identity(layer: Weighted) -> None:
-    """``layer(x)`` becomes ``x + layer(x)``: a Dirac delta is added to each filter."""
+def add_diagonal(layer: Weighted, scale: Tensor, shift: Tensor) -> None:
+    """``layer(x)`` becomes ``scale * x + shift + layer(x)``, both (c,): a Dirac delta is added to each filter."""
     weight = layer.weight.detach().double()
     delta = torch.zeros_like(weight)
     if isinstance(layer, nn.Linear):
         delta.fill_diagonal_(1.0)
     else:
         nn.init.dirac_(delta, layer.groups)
-    _set_weight(layer, weight + delta)
+    scale, shift = scale.to(weight), shift.to(weight)
+    if bool((shift != 0).any()):
+        _set_bias(layer, _bias(layer) + shift)
+    _set_weight(layer, weight + delta * scale.reshape(-1, *[1] * (weight.dim() - 1)))
 
 
 def border_reason(layer: Weighted, shift: Tensor) -> str | None:
