@@ -25,7 +25,10 @@ def infer(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("image", "class", "probability")
+    table = Table()
+    table.add_column("image", overflow="fold")
+    table.add_column("class", overflow="fold")
+    table.add_column("probability")
     for prediction in result.predictions:
         table.add_row(prediction.image, prediction.label, f"{prediction.probability:.1%}")
     Console().print(table)
