@@ -13,7 +13,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from edgetrain import chain, export, memory, models, nn, planner, runtime, train
     from edgetrain.chain import freeze
-    from edgetrain.export import export_onnx
+    from edgetrain.export import EngineReport, build_engine, export_onnx, infer
+    from edgetrain.export.fold import fold
     from edgetrain.memory import Estimate, estimate
     from edgetrain.models import create_model
     from edgetrain.planner import Plan, plan, uniform_plan
@@ -21,11 +22,15 @@ if TYPE_CHECKING:
     from edgetrain.train import Trainer
 
 _HOMES = {
+    "build_engine": "edgetrain.export",
     "create_model": "edgetrain.models",
+    "EngineReport": "edgetrain.export",
     "Estimate": "edgetrain.memory",
     "estimate": "edgetrain.memory",
     "export_onnx": "edgetrain.export",
+    "fold": "edgetrain.export",
     "freeze": "edgetrain.chain",
+    "infer": "edgetrain.export",
     "Plan": "edgetrain.planner",
     "plan": "edgetrain.planner",
     "Trainer": "edgetrain.train",
@@ -36,17 +41,21 @@ _HOMES = {
 _ROOMS = ("chain", "export", "memory", "models", "nn", "planner", "runtime", "train")
 
 __all__ = [
+    "EngineReport",
     "Estimate",
     "Plan",
     "Trainer",
     "Wrapped",
     "__version__",
+    "build_engine",
     "chain",
     "create_model",
     "estimate",
     "export",
     "export_onnx",
+    "fold",
     "freeze",
+    "infer",
     "memory",
     "models",
     "nn",

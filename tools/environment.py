@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "numpy", "onnx", "onnxruntime", "onnxruntime-training-cpu")
+PACKAGES = ("torch", "numpy", "onnx", "onnxruntime", "onnxruntime-training-cpu", "tensorrt-rtx-cu13")
 
 
 def machine() -> dict[str, Any]:

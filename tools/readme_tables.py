@@ -13,9 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from edgetrain.units import MIB
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("memory.md", "planning.md", "time.md")))
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("memory.md", "planning.md", "time.md", "engines.md")))
 
 
 def load(name: str) -> dict[str, Any] | None:
@@ -172,6 +174,24 @@ def monet() -> str:
     return "\n".join([*lines, "", provenance(document)])
 
 
+def engines() -> str:
+    """Sizes of engines, and the device memory that the builder names."""
+    document = load("engine_table.json")
+    if document is None:
+        return "Not measured yet."
+    columns = ("onnx", "engine", "weights", "activation")
+    lines = ["| network | precision | ONNX | engine | weights | activations, scratch included | build |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for row in document["rows"]:
+        sizes = " | ".join(f"{row[f'{name}_bytes'] / MIB:.2f} MiB" for name in columns)
+        options = "".join(f", {name} {value}" for name, value in row["options"].items())
+        lines.append(f"| {row['model']}{options} | {row['precision']} | {sizes} | {row['build_seconds']:.1f} s |")
+    row = document["rows"][0]
+    shape = "x".join(map(str, row["input_shape"]))
+    about = f"Batch {row['batch']} of {shape}, {row['builder']}, compute capability {row['compute_capability']}. "
+    return "\n".join([*lines, "", about + provenance(document)])
+
+
 TABLES = {
     "memory": memory,
     "prediction": prediction,
@@ -181,6 +201,7 @@ TABLES = {
     "parity": parity,
     "planner": planner,
     "monet": monet,
+    "engines": engines,
 }
 
 

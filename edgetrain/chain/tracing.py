@@ -26,14 +26,14 @@ from torch import Tensor, nn
 from torch.fx.proxy import TraceError
 from torch.overrides import TorchFunctionMode
 
-from edgetrain.chain.vocabulary import FACTORIES
+from edgetrain.chain.vocabulary import FACTORIES, PYTHON
 
 OpKind = Literal["call", "function", "method", "attribute"]
 
 
 @dataclass(frozen=True)
 class Ref:
-    """The value with this index: 0 is the input, k the result of operation k."""
+    """The value with this index: 0 is the input (-1, -2... further ones), k the result of operation k."""
 
     index: int
 
@@ -100,6 +100,8 @@ def refs_in(structure: Any) -> tuple[int, ...]:
 
 def trace(module: nn.Module, args: tuple[Any, ...] = (Ref(0),), kwargs: Mapping[str, Any] | None = None) -> Trace:
     """The operations of ``module.forward(*args, **kwargs)``, where ``Ref(0)`` stands for the tensor it is given.
+
+    ``Ref(-1)``, ``Ref(-2)``... stand for further tensors.
 
     Raises:
         UntraceableError: with the reason.
@@ -169,8 +171,14 @@ class _Tracer(torch.fx.Tracer):
         return True
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
-        x, root = self.create_proxy("placeholder", "x", (), {}), self.root
-        args, kwargs = substitute(self._call, lambda part: x if part == Ref(0) else part)
+        root, inputs = self.root, {Ref(0): self.create_proxy("placeholder", "x", (), {})}
+
+        def input_of(part: Any) -> Any:
+            if isinstance(part, Ref) and part.index < 0 and part not in inputs:
+                inputs[part] = self.create_proxy("placeholder", f"x{-part.index}", (), {})
+            return inputs.get(part, part) if isinstance(part, Ref) else part
+
+        args, kwargs = substitute(self._call, input_of)
         return (lambda: root.forward(*args, **kwargs)), []
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> torch.fx.Node:
@@ -231,13 +239,26 @@ def _proxies_are_tensors() -> Iterator[None]:
             return plain(instance, classes)
         if sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.", __name__)):
             return plain(instance, classes)
-        return Tensor in (classes if plain(classes, tuple) else (classes,)) or plain(instance, classes)
+        as_tensor = Tensor in (classes if plain(classes, tuple) else (classes,)) and not _is_python(instance.node)
+        return as_tensor or plain(instance, classes)
 
     builtins.isinstance = isinstance_
     try:
         yield
     finally:
         builtins.isinstance = plain
+
+
+def _is_python(node: torch.fx.Node) -> bool:
+    """Whether ``node`` is a Python value: a size, or computed from sizes alone."""
+    if node.op == "call_method":
+        return node.target in PYTHON
+    if node.op != "call_function":
+        return False
+    if node.target is getattr:
+        return node.args[1] in PYTHON
+    sources = node.all_input_nodes
+    return bool(sources) and all(_is_python(source) for source in sources)
 
 
 @contextlib.contextmanager
@@ -338,7 +359,7 @@ def _as_trace(graph: torch.fx.Graph) -> Trace:
 
     for node in graph.nodes:
         if node.op == "placeholder":
-            numbers[node] = 0
+            numbers[node] = -int(str(node.target)[1:] or 0)
         elif node.op == "output":
             return Trace(tuple(ops), refs(node.args[0]))
         else:

@@ -40,16 +40,28 @@ def run_demo(*, budget_bytes: int, epochs: int, seed: int, run_dir: Path, quiet:
     import torch
 
     from edgetrain.cli.progress import TrainingProgress
+    from edgetrain.cli.trained import load_run, run_images
     from edgetrain.export import export_onnx
     from edgetrain.models import create_model
     from edgetrain.train import Recipe
     from edgetrain.train.advice import Change, peak_bytes
     from edgetrain.train.capped import train_capped
     from edgetrain.train.data import Loader, channel_statistics, open_source
+    from edgetrain.train.run_record import RunRecord
 
     source, test_source = (open_source("digits", split=split) for split in ("train", "test"))
     shape = (source.channels, 16, 16)
     mean, std = channel_statistics(source, shape, seed=seed)
+    record = RunRecord(
+        model="hybrid18",
+        options={"width": DEMO_WIDTH},
+        data="digits",
+        classes=tuple(source.classes),
+        input_shape=shape,
+        mean=tuple(map(float, mean)),
+        std=tuple(map(float, std)),
+        seed=seed,
+    )
     shared: dict[str, Any] = {"image_size": shape, "mean": mean, "std": std, "seed": seed}
 
     def test_loader() -> Loader:
@@ -72,14 +84,18 @@ def run_demo(*, budget_bytes: int, epochs: int, seed: int, run_dir: Path, quiet:
             input_shape=shape,
             recipe=Recipe(epochs=epochs, batch_size=DEMO_BATCH, seed=seed),
             run_dir=run_dir,
+            record=record,
             budget_bytes=budget_bytes,
             device=device,
             on_step=progress.step,
             changes=changes,
         )
     fixed, per_sample = peak_bytes(make_model, "keep_all", input_shape=shape, device=device)
-    images = torch.cat([batch for batch, _ in test_loader()])
-    verification = export_onnx(run.model, run_dir / "export" / "model.onnx", input_shape=shape, images=images)
+    trained = load_run(run_dir)  # what was saved, as edgetrain export would find it
+    images = run_images(record, split="test", count=len(test_source))
+    export = export_onnx(
+        trained.model, run_dir / "export" / "model.onnx", input_shape=shape, images=images, about=trained.about
+    )
     return {
         "model": f"hybrid18, width {DEMO_WIDTH}",
         "parameters": sum(p.numel() for p in run.model.parameters()),
@@ -89,10 +105,11 @@ def run_demo(*, budget_bytes: int, epochs: int, seed: int, run_dir: Path, quiet:
         "train_accuracy": run.history[-1].accuracy,
         "test_accuracy": run.history[-1].test_accuracy,
         "images_per_second": run.history[-1].images_per_second,
-        "onnx": str(run_dir / "export" / "model.onnx"),
-        "onnx_images": verification.images,
-        "onnx_max_difference": verification.max_difference,
-        "onnx_top1_agreement": verification.top1_agreement,
+        "onnx": str(export.path),
+        "onnx_certificate": str(export.certificate_path),
+        "onnx_images": export.images,
+        "onnx_max_difference": export.max_difference,
+        "onnx_top1_agreement": export.top1_agreement,
     }
 
 
@@ -113,4 +130,4 @@ def _show(result: dict[str, Any]) -> None:
         f"logits within {result['onnx_max_difference']:.0e}",
     )
     Console().print(table)
-    typer.echo(f"graph: {result['onnx']}")
+    typer.echo(f"graph: {result['onnx']}, certificate beside it")

@@ -16,6 +16,8 @@ from edgetrain.cli.calibrate import calibrate
 from edgetrain.cli.demo import demo
 from edgetrain.cli.devices import devices
 from edgetrain.cli.estimate import estimate
+from edgetrain.cli.export import export
+from edgetrain.cli.infer import infer
 from edgetrain.cli.plan import plan
 from edgetrain.cli.train import train
 from edgetrain.errors import BudgetError, EdgetrainError, StorageError, UsageError
@@ -29,11 +31,13 @@ app = typer.Typer(
     help="Train convolutional networks inside a hard memory cap.",
     pretty_exceptions_enable=False,
 )
-_COMMANDS = ("demo", "train", "plan", "estimate", "devices", "calibrate")
+_COMMANDS = ("demo", "train", "plan", "estimate", "export", "infer", "devices", "calibrate")
 app.command()(demo)
 app.command()(train)
 app.command()(plan)
 app.command()(estimate)
+app.command()(export)
+app.command()(infer)
 app.command()(devices)
 app.command()(calibrate)
 

@@ -68,9 +68,9 @@ def plan(
 
     from edgetrain.chain import SampledNetwork
     from edgetrain.cli.model_argument import model_maker, sampled_maker
+    from edgetrain.files import write_atomically
     from edgetrain.planner import plan as make_plan
     from edgetrain.planner import plan_from_scratch
-    from edgetrain.train.checkpoint import write_atomically
 
     shape = parse_shape(input_shape)
     arguments: dict[str, Any] = {

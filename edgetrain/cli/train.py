@@ -145,6 +145,7 @@ def run_training(
     from edgetrain.train import Recipe
     from edgetrain.train.capped import train_capped
     from edgetrain.train.data import Loader, channel_statistics, open_source, sample_images
+    from edgetrain.train.run_record import RunRecord
     from edgetrain.train.trial import EVALUATION_BATCH_SIZE
 
     known = [PLANNED, *get_args(UniformMode)]
@@ -184,6 +185,16 @@ def run_training(
     make_model = sampled_maker(make_model, sample_modules, input_shape=input_shape, seed=seed)
     recipe = Recipe(epochs=epochs, batch_size=batch_size, peak_rate=learning_rate, seed=seed)
     mean, std = channel_statistics(source, input_shape, seed=seed)
+    record = RunRecord(
+        model=model,
+        pooling=pooling,
+        data=data,
+        classes=tuple(source.classes),
+        input_shape=input_shape,
+        mean=tuple(map(float, mean)),
+        std=tuple(map(float, std)),
+        seed=seed,
+    )
     loaders: list[Loader] = []
 
     def make_batches() -> tuple[Any, Any]:
@@ -209,6 +220,7 @@ def run_training(
             input_shape=input_shape,
             recipe=recipe,
             run_dir=out,
+            record=record,
             budget_bytes=budget_bytes,
             device="cuda" if torch.cuda.is_available() else "cpu",
             on_step=progress.step,

@@ -1,122 +1,231 @@
-"""ONNX export of a network in evaluation mode, proved equal before the file gets its name.
+"""ONNX export: folded, checked, proved equal on images, and only then given its name.
 
-The graph is written to a temporary name, checked, run by a real ONNX Runtime session on the given images and
-compared with PyTorch; only then is it renamed. Batch norm is exported as it stands; folding comes later.
+    training module -> (normalisation in front) -> folded -> ONNX -> fp16 or INT8
+
+Every arrow is a comparison on the same images; the graph is run by ONNX Runtime and by onnx's reference evaluator
+(:mod:`edgetrain.export.verify`). All is written beside the target under a temporary name. When every comparison holds
+and the lint finds no error, the graph is renamed, and after it the certificate.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
-import warnings
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgetrain.errors import ExportError, MissingExtraError
+from edgetrain.errors import UsageError, near_matches
+from edgetrain.export.certificate import (
+    Certificate,
+    FindingEntry,
+    FoldEntry,
+    Image,
+    Step,
+    certificate_path,
+    describe_file,
+    state_digest,
+)
+from edgetrain.export.classifier import WITHOUT_PRODUCT
+from edgetrain.export.describe import About, metadata, refit_map, text_digest, versions
+from edgetrain.export.fold import Fold, fold
+from edgetrain.export.graph import set_metadata, write_graph
+from edgetrain.export.images import ImageSet, as_image_set, with_normalisation
+from edgetrain.export.lint import lint, refuse_errors
+from edgetrain.export.opset import choose_opset
+from edgetrain.export.precision import to_float16, to_int8
+from edgetrain.export.proof import FOLDED, GRAPH, TRAINED, Proof
+from edgetrain.export.verify import PYTORCH, RUNTIME, Logits, Precision
+from edgetrain.profiles import load_profile
 
-OPSET = 17
-TOLERANCE = 1e-4
-"""Largest accepted difference, relative to the largest logit: float32 sums in another order."""
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+_BATCH = 64
 
 
 @dataclass(frozen=True)
-class Verification:
-    """How the exported graph compares with PyTorch.
+class Export:
+    """An exported graph and its certificate, whose last step compares it with the training module."""
 
-    Attributes:
-        images: how many were compared.
-        max_difference: largest absolute difference of a logit, relative to the largest logit.
-        top1_agreement: part of the images with the same class, 0..1.
-        file_bytes: size of the graph.
-    """
+    path: Path
+    certificate: Certificate
 
-    images: int
-    max_difference: float
-    top1_agreement: float
-    file_bytes: int
+    @property
+    def certificate_path(self) -> Path:
+        """Where the certificate is."""
+        return certificate_path(self.path)
+
+    @property
+    def images(self) -> int:
+        """How many were compared."""
+        return self.certificate.steps[-1].images
+
+    @property
+    def max_difference(self) -> float:
+        """Largest difference of a logit from the training module's, relative to its largest."""
+        return self.certificate.steps[-1].max_difference
+
+    @property
+    def top1_agreement(self) -> float:
+        """Part of the images with the training module's class, 0..1."""
+        return self.certificate.steps[-1].top1_agreement
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the graph."""
+        return self.certificate.onnx.size_bytes
 
 
 def export_onnx(
-    model: nn.Module, path: str | Path, *, input_shape: tuple[int, int, int], images: Tensor | None = None
-) -> Verification:
+    model: nn.Module,
+    path: str | Path,
+    *,
+    input_shape: tuple[int, int, int],
+    images: Tensor | ImageSet | None = None,
+    device: str | None = None,
+    precision: Precision = "fp32",
+    batch_size: int | None = None,
+    calibration: Tensor | ImageSet | None = None,
+    about: About | None = None,
+) -> Export:
     """Writes ``model`` in evaluation mode to ``path``: input ``images`` (n, c, h, w), output ``logits`` (n, classes).
+
+    ``model`` itself is left as it is. The certificate lies beside ``path``.
 
     Args:
         input_shape: (c, h, w).
-        images: what to compare on, (n, c, h, w); random numbers where absent.
+        images: what to compare on, (n, c, h, w), on the scale 0..1 where ``about`` has a normalisation; four of random
+            numbers where absent.
+        device: a profile; decides opset and what the lint knows of the target.
+        batch_size: fixed; None leaves it open.
+        calibration: images for the scales of INT8; those to compare on where absent.
+        about: name, classes, plan and normalisation.
 
     Raises:
-        ExportError: the graph disagrees with PyTorch; no file is left under ``path``.
+        ExportError: the graph disagrees with PyTorch or would not run on the device; nothing is left under ``path``.
         MissingExtraError: onnx or onnxruntime is not installed.
+        UsageError: an unknown precision or device, or images of another shape.
     """
-    path = Path(path)
+    path, about = Path(path), about or About()
+    if precision not in get_args(Precision):
+        known = list(get_args(Precision))
+        raise UsageError(
+            found=f"precision {precision}", expected="one of " + ", ".join(known), action=near_matches(precision, known)
+        )
+    profile = None if device is None else load_profile(device)
+    opset = choose_opset(profile)
+    shown = as_image_set(images, input_shape)
+    tuned = shown if calibration is None else as_image_set(calibration, input_shape)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    was_training, device = model.training, next(model.parameters()).device
-    model.eval()
+    with _evaluating(model), tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        whole = with_normalisation(model, about.normalisation)
+        plain = fold(whole)
+        trained, folded = _logits(whole, shown.pixels), _logits(plain, shown.pixels)
+        first = Path(folder) / "fp32.onnx"
+        graph = write_graph(
+            plain,
+            shown.pixels[:2],
+            first,
+            opset=opset.version,
+            batch_size=batch_size,
+            without_product=profile is not None and profile.compute_capability_pair == WITHOUT_PRODUCT,
+        )
+        proof = Proof(shown, partial(_rounding, whole, shown.pixels, trained))
+        proof.step(trained, folded, before=TRAINED, after=FOLDED, evaluator=PYTORCH, precision="fp32")
+        exact = proof.graph(first, graph, folded, before=FOLDED, precision="fp32")
+        last, final = first, exact
+        if precision != "fp32":
+            last = Path(folder) / f"{precision}.onnx"
+            graph = _converted(graph, first, last, precision, tuned)
+            final = proof.graph(last, graph, exact, before="fp32 " + GRAPH, precision=precision)
+        proof.step(trained, final, before=TRAINED, after=GRAPH, evaluator=RUNTIME, precision=precision)
+        findings = lint(graph, profile)
+        refuse_errors(findings)
+        set_metadata(graph, metadata(about, input_shape, opset.version, precision))
+        _save(graph, last)
+        certificate = Certificate(
+            versions=versions(),
+            model=about.name or type(model).__name__,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            state_sha256=state_digest(model),
+            plan_sha256=text_digest(about.plan),
+            classes=about.classes,
+            input_shape=input_shape,
+            mean=None if about.normalisation is None else about.normalisation.mean,
+            std=None if about.normalisation is None else about.normalisation.std,
+            device=device,
+            opset=opset.version,
+            opset_reason=opset.reason,
+            precision=precision,
+            batch_size=batch_size,
+            image_source=shown.source,
+            images=tuple(
+                Image(name=name, sha256=digest) for name, digest in zip(shown.names, shown.digests(), strict=True)
+            ),
+            calibration_source=tuned.source if precision == "int8" else None,
+            folds_done=_folds(plain.report.done),
+            folds_skipped=_folds(plain.report.skipped),
+            findings=tuple(FindingEntry(rule=f.rule, node=f.node, reason=f.reason) for f in findings),
+            steps=tuple(Step(**asdict(comparison)) for comparison in proof.comparisons),
+            refit=refit_map(plain, graph),
+            onnx=describe_file(last, name=path.name),
+        )
+        text = Path(folder) / "certificate.json"
+        text.write_text(certificate.to_json(), encoding="utf-8")
+        certificate_path(path).unlink(missing_ok=True)  # never one beside a graph that it is not of
+        os.replace(last, path)
+        os.replace(text, certificate_path(path))
+        return Export(path, certificate)
+
+
+def _converted(graph: ModelProto, source: Path, target: Path, precision: Precision, tuned: ImageSet) -> ModelProto:
+    if precision == "int8":
+        return to_int8(source, target, tuned.pixels.numpy())
+    converted = to_float16(graph)
+    _save(converted, target)
+    return converted
+
+
+def _save(graph: ModelProto, path: Path) -> None:
+    import onnx
+
+    onnx.save(graph, str(path))
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """``model`` on the CPU and in evaluation mode; afterwards as it was, every part of it."""
+    modes = [(module, module.training) for module in model.modules()]
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:
-        if images is None:
-            images = torch.randn((4, *input_shape), generator=torch.Generator().manual_seed(0))
-        images = images[: len(images)].float().cpu()
-        with torch.no_grad():
-            expected = model(images.to(device)).cpu().numpy()
-            _write(model.cpu(), images[:2], temporary)
-        verification = _verify(temporary, images, expected)
-        os.replace(temporary, path)
-        return verification
+        model.cpu().eval()
+        yield
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        model.to(device).train(was_training)
+        model.to(device)
+        for module, training in modes:
+            module.training = training
 
 
-def _write(model: nn.Module, sample: Tensor, path: Path) -> None:
-    try:
-        import onnx
-    except ImportError as error:
-        raise _missing("onnx") from error
-    with warnings.catch_warnings():
-        # the graph writer of torch that reaches the opsets of older TensorRT releases is marked as deprecated
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            model,
-            (sample,),
-            str(path),
-            dynamo=False,
-            opset_version=OPSET,
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},
-        )
-    onnx.checker.check_model(str(path), full_check=True)
+def _logits(model: nn.Module, pixels: Tensor) -> Logits:
+    model.eval()
+    with torch.no_grad():
+        return np.concatenate([model(part).numpy() for part in pixels.split(_BATCH)])
 
 
-def _verify(path: Path, images: Tensor, expected: np.ndarray) -> Verification:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise _missing("onnxruntime") from error
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    (actual,) = session.run(["logits"], {"images": images.numpy()})
-    scale = float(np.abs(expected).max()) or 1.0
-    difference = float(np.abs(actual - expected).max()) / scale
-    if not difference <= TOLERANCE:
-        raise ExportError(
-            found=f"the exported graph differs from PyTorch by {difference:.1e} of the largest logit",
-            expected=f"at most {TOLERANCE:.0e} on {len(images)} images",
-            action="report this model: no file was written",
-        )
-    agreement = float((actual.argmax(1) == expected.argmax(1)).mean())
-    return Verification(len(images), difference, agreement, path.stat().st_size)
+def _rounding(model: nn.Module, pixels: Tensor, single: Logits) -> float:
+    """Largest difference of the logits in float32, ``single``, from those in float64, relative to the largest."""
+    exact = _logits(copy.deepcopy(model).double(), pixels.double())
+    return float(np.abs(single - exact).max() / np.abs(exact).max())
 
 
-def _missing(package: str) -> MissingExtraError:
-    return MissingExtraError(
-        found=f"the package {package} is not installed",
-        expected="it for an export to ONNX",
-        action=f"run pip install {package}",
-    )
+def _folds(folds: Sequence[Fold]) -> tuple[FoldEntry, ...]:
+    return tuple(FoldEntry.model_validate(entry, from_attributes=True) for entry in folds)

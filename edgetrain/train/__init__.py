@@ -1,6 +1,7 @@
 """Training: recipe, loop, checkpoints, data."""
 
-from edgetrain.train.checkpoint import load_weights, save_checkpoint, write_atomically
+from edgetrain.files import write_atomically
+from edgetrain.train.checkpoint import load_weights, save_checkpoint
 from edgetrain.train.recipe import Recipe, undecayed_parameters
 from edgetrain.train.trainer import EpochRecord, InterruptedRunError, StepRecord, Trainer, evaluate
 

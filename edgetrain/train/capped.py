@@ -29,6 +29,7 @@ from edgetrain.train.advice import CHANGES, Change, advise
 from edgetrain.train.data.prefetch import ready_thread
 from edgetrain.train.planned import LEAN, planned
 from edgetrain.train.recipe import Recipe
+from edgetrain.train.run_record import RunRecord
 from edgetrain.train.trainer import Batches, EpochRecord, StepRecord, Trainer
 from edgetrain.units import format_mib
 
@@ -64,6 +65,7 @@ def train_capped(
     input_shape: tuple[int, int, int],
     recipe: Recipe,
     run_dir: Path,
+    record: RunRecord | None = None,
     budget_bytes: int | None,
     device: str = "cpu",
     on_step: Callable[[StepRecord, Target], None] | None = None,
@@ -78,6 +80,7 @@ def train_capped(
         make_batches: makes training and test data, likewise.
         mode: the same for all blocks, or a plan; None: the fastest plan that stays inside the budget.
         input_shape: (c, h, w).
+        record: what the network is, for whoever opens the run directory.
         on_step: gets the record of each step and the target, whose memory it may read.
         changes: what an error may advise.
         sample: some images (n, c, h, w), for a plan.
@@ -140,6 +143,7 @@ def train_capped(
                 plan,
                 run_dir=run_dir,
                 recipe=recipe,
+                record=record,
                 device=device,
                 on_step=None if on_step is None else lambda record: on_step(record, target),
             )

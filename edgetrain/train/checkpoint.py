@@ -10,9 +10,7 @@ the header (dtype, shape and place of every tensor), then the tensors' bytes.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from edgetrain.errors import StorageError
+from edgetrain.files import write_atomically
 
 FORMAT_VERSION = "1"
 _DTYPES = {
@@ -35,37 +34,6 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-
-def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
-    """Writes ``content``, in one piece or several, to ``path``: a reader sees the old file or the new one.
-
-    Raises:
-        StorageError: the disk is full or refuses; what was there before is still there.
-    """
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            for piece in [content] if isinstance(content, bytes) else content:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise StorageError(
-            found=f"{path} could not be written: {error.strerror or error}",
-            expected="free, writable disk",
-            action="free some space or choose another --out; what was saved before is intact",
-        ) from error
-    finally:  # whatever happened, Ctrl-C included; after the rename there is nothing to remove
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 
 from edgetrain.chain import SampledNetwork
 from edgetrain.errors import EdgetrainError, TrainingError
+from edgetrain.files import write_atomically
 from edgetrain.planner import Plan
 from edgetrain.runtime import wrap
-from edgetrain.train.checkpoint import save_checkpoint, write_atomically
+from edgetrain.train.checkpoint import save_checkpoint
 from edgetrain.train.recipe import Recipe, undecayed_parameters
+from edgetrain.train.run_record import RunRecord
 
 Batch = tuple[Tensor, Tensor]
 
@@ -102,6 +104,7 @@ class Trainer:
         model: any module, for which ``plan`` was made.
         run_dir: gets ``plan.json``, ``metrics.jsonl`` and ``checkpoints/last.safetensors``.
         recipe: optimiser, schedule, epochs.
+        record: what the network is, written to ``run.json`` there.
         device: where to train.
         on_step: called after every step, for progress bars.
 
@@ -117,6 +120,7 @@ class Trainer:
         *,
         run_dir: str | Path,
         recipe: Recipe | None = None,
+        record: RunRecord | None = None,
         device: str | torch.device = "cpu",
         on_step: Callable[[StepRecord], None] | None = None,
     ) -> None:
@@ -124,6 +128,7 @@ class Trainer:
         self.model = model.to(device) if self._sampled is None else self._sampled.to(device).model
         self.plan = plan
         self.run_dir = Path(run_dir)
+        self._record = record
         self.recipe = recipe or Recipe(batch_size=plan.input_shape[0])
         self.device = torch.device(device)
         self.history: list[EpochRecord] = []
@@ -153,6 +158,8 @@ class Trainer:
             StorageError: the run directory cannot be written.
             InterruptedRunError: Ctrl-C.
         """
+        if self._record is not None:
+            self._record.write(self.run_dir)
         write_atomically(self.run_dir / "plan.json", self.plan.to_json().encode())
         write_atomically(self.run_dir / "metrics.jsonl", b"")
         self.save(epoch=0)

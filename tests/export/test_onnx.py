@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 
 import edgetrain
 from edgetrain.errors import ExportError
-from edgetrain.export import onnx as export_module
+from edgetrain.export.graph import write_graph
 
 
 @pytest.mark.parametrize("name", ["hybrid18", "layerwise18", "revnet18", "resnet18", "resnet20"])
@@ -21,12 +24,12 @@ def test_trained_statistics_are_exported(name: str, tmp_path: Path) -> None:
         for _ in range(3):
             model(torch.randn(8, 3, 16, 16))
     images = torch.randn(5, 3, 16, 16)
-    verification = edgetrain.export_onnx(model, tmp_path / "m.onnx", input_shape=(3, 16, 16), images=images)
-    assert verification.images == 5
-    assert verification.max_difference < 1e-5
-    assert verification.top1_agreement == 1.0
+    exported = edgetrain.export_onnx(model, tmp_path / "m.onnx", input_shape=(3, 16, 16), images=images)
+    assert exported.images == 5
+    assert exported.max_difference < 1e-5
+    assert exported.top1_agreement == 1.0
     assert model.training
-    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.certificate.json", "m.onnx"]
 
 
 def test_the_graph_takes_any_batch_size(tmp_path: Path) -> None:
@@ -43,7 +46,16 @@ def test_the_graph_takes_any_batch_size(tmp_path: Path) -> None:
 
 
 def test_a_graph_that_disagrees_gets_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_module, "TOLERANCE", -1.0)
-    with pytest.raises(ExportError, match="no file was written"):
+    """A weight of the graph is changed by a thousandth after it was written."""
+
+    def wrong(*arguments: object, **options: object) -> onnx.ModelProto:
+        graph = write_graph(*arguments, **options)
+        weight = next(value for value in graph.graph.initializer if value.name == "stem.weight")
+        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.001), weight.name))
+        onnx.save(graph, str(arguments[2]))
+        return graph
+
+    monkeypatch.setattr("edgetrain.export.onnx.write_graph", wrong)
+    with pytest.raises(ExportError, match=r"fp32 ONNX in ONNX Runtime .* no file was written"):
         edgetrain.export_onnx(edgetrain.create_model("hybrid18", width=8), tmp_path / "m.onnx", input_shape=(3, 16, 16))
     assert list(tmp_path.iterdir()) == []

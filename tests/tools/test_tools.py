@@ -94,6 +94,18 @@ def test_memory_table() -> None:
 
 
 @pytest.mark.slow
+def test_engine_table() -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'edgetrain[tensorrt]'")
+    rows = run("engine_table.py")["rows"]
+    assert {(row["model"], row["precision"]) for row in rows} == {
+        (model, precision) for model in ("hybrid18", "resnet20") for precision in ("fp32", "fp16", "int8")
+    }
+    for row in rows:
+        needed = row["weights_bytes"] + row["activation_bytes"]
+        assert row["weights_bytes"] < needed < row["workspace_limit_bytes"]
+
+
+@pytest.mark.slow
 def test_estimate_speed() -> None:
     rows = run("estimate_speed.py", "--repeats", "1", "--batch", "8")["rows"]
     assert rows[0]["label"] == "import torch"

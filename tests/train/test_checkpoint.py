@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from edgetrain.errors import StorageError
-from edgetrain.train.checkpoint import load_weights, save_checkpoint, write_atomically
+from edgetrain.files import write_atomically
+from edgetrain.train.checkpoint import load_weights, save_checkpoint
 
 
 class Odd(nn.Module):

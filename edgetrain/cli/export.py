@@ -1,0 +1,156 @@
+"""``edgetrain export``: a run directory to a verified file for a device."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from edgetrain.cli.export_text import export_text
+from edgetrain.errors import UsageError, near_matches
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from edgetrain.export.describe import About
+    from edgetrain.export.images import ImageSet
+    from edgetrain.export.onnx import Export
+    from edgetrain.export.verify import Precision
+
+FORMATS = ("onnx", "tensorrt")
+CALIBRATION_IMAGES = 256
+
+
+def export(
+    run: Annotated[Path | None, typer.Argument(help="Run directory of edgetrain train.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="In place of a run: a network with fresh weights, to try a device.")
+    ] = None,
+    input_shape: Annotated[str, typer.Option("--input", help="Shape of one image, with --model.")] = "3x32x32",
+    num_classes: Annotated[int, typer.Option("--num-classes", min=2, help="Classes, with --model.")] = 10,
+    format: Annotated[str, typer.Option(help="onnx or tensorrt.")] = "onnx",
+    device: Annotated[str | None, typer.Option(help="Profile of the device, like orin-nano-8gb.")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "fp32",
+    batch: Annotated[int | None, typer.Option(min=1, help="Fixed batch; without it any size.")] = None,
+    images: Annotated[int, typer.Option(min=1, help="Test images to compare on.")] = 64,
+    out: Annotated[Path | None, typer.Option(help="File to write; default: in the run directory.")] = None,
+    refittable: Annotated[
+        bool, typer.Option("--refittable", help="An engine that takes new weights later, with --refit.")
+    ] = False,
+    refit: Annotated[
+        Path | None, typer.Option(help="Give this engine the weights of the run, in place of building one.")
+    ] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Print folds, findings and the refit map.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the certificate as one JSON document.")] = False,
+) -> None:
+    """Export a trained network: folded, checked, and compared with PyTorch before the file gets its name."""
+    if format not in FORMATS:
+        raise UsageError(
+            found=f"--format {format}",
+            expected="one of " + ", ".join(FORMATS),
+            action=near_matches(format, list(FORMATS)),
+        )
+    if format == "onnx" and (refittable or refit is not None):
+        raise UsageError(
+            found="--refittable or --refit with --format onnx", expected="an engine", action="pass --format tensorrt"
+        )
+    engine = None if format == "onnx" else out or (run or Path()) / "export" / f"{_stem(precision)}.engine"
+    exported, images_shown = run_export(
+        run=run,
+        model=model,
+        input_shape=input_shape,
+        num_classes=num_classes,
+        device=device,
+        precision=precision,
+        batch=batch if engine is None else None,
+        images=images,
+        out=out if engine is None else engine.with_suffix(".onnx"),
+    )
+    certificate, report = exported.certificate, None
+    if engine is not None:
+        from edgetrain.export.engine_step import engine_of, refitted
+
+        if refit is not None:
+            report, certificate = refitted(exported, refit, images_shown)
+        else:
+            report, certificate = engine_of(exported, engine, batch=batch, refittable=refittable, images=images_shown)
+    if as_json:
+        document: dict[str, Any] = {"path": str(exported.path), "certificate_path": str(exported.certificate_path)}
+        document["engine"] = None if report is None else str(report.path)
+        typer.echo(json.dumps(document | {"certificate": json.loads(certificate.to_json())}))
+        return
+    typer.echo(export_text(replace(exported, certificate=certificate), explain=explain))
+    if report is not None:
+        typer.echo(str(report))
+
+
+def run_export(
+    *,
+    run: Path | None,
+    model: str | None,
+    input_shape: str,
+    num_classes: int,
+    device: str | None,
+    precision: str,
+    batch: int | None,
+    images: int,
+    out: Path | None,
+) -> tuple[Export, ImageSet | None]:
+    """What ``edgetrain export --format onnx`` does, as a value, and the images that it compared on."""
+    from edgetrain.export import export_onnx
+
+    if (run is None) == (model is None):
+        raise UsageError(
+            found="neither a run nor --model" if run is None else "both a run and --model",
+            expected="one of them",
+            action="name the directory that edgetrain train wrote, or pass --model for fresh weights",
+        )
+    network, shape, about, shown, calibration = (
+        _fresh(cast(str, model), input_shape, num_classes) if run is None else _trained(run, precision, images)
+    )
+    exported = export_onnx(
+        network,
+        out or (run or Path()) / "export" / f"{_stem(precision)}.onnx",
+        input_shape=shape,
+        images=shown,
+        device=device,
+        precision=cast("Precision", precision),
+        batch_size=batch,
+        calibration=calibration,
+        about=about,
+    )
+    return exported, shown
+
+
+def _stem(precision: str) -> str:
+    return "model" if precision == "fp32" else f"model-{precision}"
+
+
+_Network = tuple["nn.Module", "tuple[int, int, int]", "About", "ImageSet | None", "ImageSet | None"]
+
+
+def _trained(run: Path, precision: str, images: int) -> _Network:
+    from edgetrain.cli.trained import load_run, run_images
+
+    trained = load_run(run)
+    shown = run_images(trained.record, split="test", count=images)
+    calibration = None
+    if precision == "int8":
+        calibration = run_images(trained.record, split="train", count=CALIBRATION_IMAGES)
+    return trained.model, trained.record.input_shape, trained.about, shown, calibration
+
+
+def _fresh(model: str, input_shape: str, num_classes: int) -> _Network:
+    import torch
+
+    from edgetrain.cli.estimate import parse_shape
+    from edgetrain.cli.model_argument import model_maker
+    from edgetrain.export.describe import About
+
+    shape = parse_shape(input_shape)
+    torch.manual_seed(0)
+    network = model_maker(model, num_classes=num_classes, in_channels=shape[0])()
+    return network, shape, About(name=f"{model}, fresh weights"), None, None

@@ -1,0 +1,1 @@
+"""The folds, one family per file; :func:`edgetrain.export.fold.fold` runs them."""
