@@ -2,9 +2,9 @@
 
 Each network is written twice in evaluation mode with running statistics of its own: as it stands, parametrisations and
 batch norms included (torch's newer graph writer without its optimiser, which folds), and folded by
-``edgetrain.export_onnx``. All graphs of a network are open at once; in each round every one of them runs once, in random
-order, and the ratios are medians over the rounds. A DiracNet is compared with the plain network of its shape besides.
-Memory is the growth of a fresh process from loading the graph to the end of its first run.
+``edgetrain.export_onnx``. All graphs of a network are open at once; in each round every one of them runs once, in
+random order, and the ratios are medians over the rounds. A DiracNet is compared with the plain network of its shape
+besides. Memory is the growth of a fresh process from loading the graph to the end of its first run.
 
     python tools/export_bench.py
     python tools/export_bench.py --batch 16 --rounds 50
@@ -190,10 +190,8 @@ def main() -> None:
         print(grow(arguments.memory, arguments.batch))
         return
     stream = sys.stderr if arguments.json else sys.stdout
-    print(
-        f"{'network':<15} {'graph':<14} {'nodes':>5} {'ms':>9} {'/unfolded':>9} {'/plain':>7} {'MiB':>9} {'difference':>11}",
-        file=stream,
-    )
+    heads = f"{'network':<15} {'graph':<14} {'nodes':>5} {'ms':>9} {'/unfolded':>9} {'/plain':>7} {'MiB':>9}"
+    print(f"{heads} {'difference':>11}", file=stream)
     rows = []
     for case in CASES:
         if case.name not in arguments.networks:
