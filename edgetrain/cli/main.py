@@ -17,6 +17,7 @@ from edgetrain.cli.demo import demo
 from edgetrain.cli.devices import devices
 from edgetrain.cli.estimate import estimate
 from edgetrain.cli.plan import plan
+from edgetrain.cli.report import report
 from edgetrain.cli.train import train
 from edgetrain.errors import BudgetError, EdgetrainError, StorageError, UsageError
 
@@ -29,11 +30,12 @@ app = typer.Typer(
     help="Train convolutional networks inside a hard memory cap.",
     pretty_exceptions_enable=False,
 )
-_COMMANDS = ("demo", "train", "plan", "estimate", "devices", "calibrate")
+_COMMANDS = ("demo", "train", "plan", "estimate", "report", "devices", "calibrate")
 app.command()(demo)
 app.command()(train)
 app.command()(plan)
 app.command()(estimate)
+app.command()(report)
 app.command()(devices)
 app.command()(calibrate)
 

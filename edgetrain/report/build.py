@@ -206,13 +206,17 @@ def _marked(plan: Plan) -> tuple[Point, ...]:
     costed = plan.costed
     if costed is None:
         return ()
-    chosen = Point(name="chosen", peak_bytes=costed.peak_bytes, seconds=costed.step_seconds)
-    others = [
-        Point(name=other.name, peak_bytes=other.peak_bytes, seconds=other.seconds, reason=other.reason)
-        for other in costed.alternatives
-        if other.peak_bytes is not None and other.seconds is not None
-    ]
-    return (chosen, *others)
+    found = {
+        (costed.peak_bytes, costed.step_seconds): Point(
+            name="chosen", peak_bytes=costed.peak_bytes, seconds=costed.step_seconds
+        )
+    }
+    for other in costed.alternatives:
+        if other.peak_bytes is not None and other.seconds is not None:
+            # a mode that no block has is the same as keeping everything: once is enough
+            point = Point(name=other.name, peak_bytes=other.peak_bytes, seconds=other.seconds, reason=other.reason)
+            found.setdefault((point.peak_bytes, point.seconds), point)
+    return tuple(found.values())
 
 
 def _missing(facts: Report, *, has_model: bool, has_run: bool) -> tuple[Missing, ...]:

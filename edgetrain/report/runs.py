@@ -18,7 +18,8 @@ class Run:
     Attributes:
         step_seconds: measured, mean over the last epoch; loading and decoding included.
         peak_bytes: most that the run added to its process, on CUDA to the allocator; None: not recorded.
-        model: as ``--model`` named it; None likewise.
+        model: as ``--model`` named it; None: not recorded, or not all of it is trained in every step.
+        num_classes: of the data; ``pooling`` as ``--pooling`` named it.
     """
 
     plan: Plan
@@ -26,6 +27,8 @@ class Run:
     step_seconds: float | None
     peak_bytes: int | None
     model: str | None
+    num_classes: int | None = None
+    pooling: str | None = None
 
 
 def read_run(folder: Path) -> Run:
@@ -45,7 +48,9 @@ def read_run(folder: Path) -> Run:
     try:
         epochs = tuple(_epoch(line) for line in _lines(folder / "metrics.jsonl"))
         result = json.loads((folder / "result.json").read_text()) if (folder / "result.json").is_file() else {}
-        peak, model = result.get("peak_bytes"), result.get("model")
+        is_whole = not result.get("sample_modules") and not result.get("freeze")
+        peak, model = result.get("peak_bytes"), result.get("model") if is_whole else None
+        num_classes = len(result["classes"]) if "classes" in result else None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             found=f"a record in {folder} that cannot be read ({error})",
@@ -53,7 +58,7 @@ def read_run(folder: Path) -> Run:
             action="run it again, or take the damaged file away",
         ) from error
     seconds = plan.input_shape[0] / epochs[-1].images_per_s if epochs else None
-    return Run(plan, epochs, seconds, peak, model)
+    return Run(plan, epochs, seconds, peak, model, num_classes, result.get("pooling"))
 
 
 def _lines(path: Path) -> list[str]:
