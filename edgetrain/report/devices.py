@@ -13,16 +13,18 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from edgetrain.chain import Chain, chain_of
 from edgetrain.errors import UsageError
 from edgetrain.memory import Costs, StepTrace, measure_costs, predicted_times, program_seconds, simulate, trace_step
 from edgetrain.memory.estimate import DTYPES, Estimate, Precision, available_on, from_trace
-from edgetrain.planner import Plan, UniformMode, uniform_plan
-from edgetrain.planner.uniform import UNIFORM_MODES
+from edgetrain.planner import Plan, UniformMode, schedule
+from edgetrain.planner.uniform import UNIFORM_MODES, decide
 from edgetrain.profiles import Profile
 from edgetrain.report.facts import DeviceRow, Fit
 from edgetrain.runtime import wrap
 
-_MOST = 2**16
+LARGEST_TRIED = 4096
+"""Samples of the largest batch that is looked at: few train with more, and devices of any memory then share traces."""
 
 
 def device_rows(
@@ -89,8 +91,19 @@ class _Steps:
     _traces: dict[tuple[UniformMode, int], StepTrace] = field(default_factory=dict)
     _estimates: dict[tuple[UniformMode, int, str], Estimate] = field(default_factory=dict)
 
+    @functools.cached_property
+    def _chain(self) -> Chain:
+        return chain_of(self.model)
+
     def plan(self, mode: UniformMode, batch_size: int) -> Plan:
-        return uniform_plan(self.model, mode, input_shape=self.input_shape, batch_size=batch_size)
+        """As :func:`edgetrain.uniform_plan`, from one chain for all."""
+        decisions = decide(self._chain.blocks, mode)
+        modes = tuple(mode for mode, _ in decisions)
+        names, shapes = (
+            [block.name for block in self._chain.blocks],
+            self._chain.shapes((batch_size, *self.input_shape)),
+        )
+        return Plan(modes, tuple(reason for _, reason in decisions), schedule(names, shapes, modes))
 
     def estimate(self, mode: UniformMode, batch_size: int, profile: Profile) -> Estimate:
         """What the step needs on ``profile``; what there is may be that of another profile of the same allocator."""
@@ -107,7 +120,7 @@ class _Steps:
         A batch norm over single values cannot train on one sample, so two are the least that is tried.
         """
         per_sample = max(1, known.process_peak_bytes // known.batch_size)
-        guess = min(max(2, available_bytes // per_sample), _MOST)
+        guess = min(max(2, available_bytes // per_sample), LARGEST_TRIED)
         batch = 1 << (guess.bit_length() - 1)
 
         def fits(n: int) -> bool:
@@ -117,7 +130,7 @@ class _Steps:
             batch //= 2
         if batch < 2:
             return 0
-        while 2 * batch <= _MOST and fits(2 * batch):
+        while 2 * batch <= LARGEST_TRIED and fits(2 * batch):
             batch *= 2
         return batch
 

@@ -99,7 +99,7 @@ class Fit(Facts):
     Attributes:
         needed_bytes: all that the step needs of the device's memory.
         fits: None where nobody knows how much the device has.
-        largest_batch: the largest power of two that fits, 0 where two samples do not; None likewise.
+        largest_batch: the largest power of two up to 4096 that fits, 0 where two samples do not; None likewise.
         images_per_s: at the report's batch size; None where the profile has no rates.
     """
 

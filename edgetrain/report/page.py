@@ -12,7 +12,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from edgetrain.report import pictures
-from edgetrain.report.facts import KINDS, Report
+from edgetrain.report.facts import Report
 from edgetrain.report.tables import summary_lines, tables_of
 
 
@@ -26,13 +26,12 @@ def page_of(report: Report) -> str:
         "front": pictures.front_picture(report),
         "run": pictures.run_picture(report),
     }
-    shown = [(kind, name) for kind, name in KINDS.items() if any(i.nbytes(kind) for i in report.memory)]
     return template.render(
         report=report,
         lines=summary_lines(report),
         tables=tables_of(report),
         pictures={key: Markup(picture) for key, picture in drawn.items()},
-        legend=[(kind, name, pictures.COLOURS[kind]) for kind, name in shown],
+        legend=pictures.legend(report),
         style=Markup(pictures.STYLE),
         script=Markup((folder / "page.js").read_text(encoding="utf-8")),
         # "<" cannot occur in JSON outside of strings, where \u003c is the same

@@ -167,11 +167,24 @@ def run_picture(report: Report) -> str:
     return _svg("run", "Loss and accuracy by epoch", parts)
 
 
-def standalone(picture: str) -> str:
-    """A picture as a file of its own."""
-    return picture.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(
-        "</desc>", f"</desc><style>{STYLE}</style>", 1
-    )
+def legend(report: Report) -> list[tuple[Kind, str, str]]:
+    """The kinds that occur, each with its name and colour."""
+    occurring = (kind for kind in KINDS if any(instant.nbytes(kind) for instant in report.memory))
+    return [(kind, KINDS[kind], COLOURS[kind]) for kind in occurring]
+
+
+def standalone(picture: str, colours: Sequence[tuple[Kind, str, str]] = ()) -> str:
+    """A picture as a file of its own, with a legend of ``colours`` below it."""
+    parts = []
+    for k, (_, name, colour) in enumerate(colours):
+        x, y = _LEFT + (k % 5) * 138, HEIGHT + 6 + 20 * (k // 5)
+        parts.append(f'<rect x="{x}" y="{y}" width="12" height="12" fill="{colour}" stroke="#777777"/>')
+        parts.append(f'<text x="{x + 17}" y="{y + 11}">{name}</text>')
+    height = HEIGHT + (10 + 20 * math.ceil(len(colours) / 5) if colours else 0)
+    picture = picture.replace(f'viewBox="0 0 {WIDTH} {HEIGHT}"', f'viewBox="0 0 {WIDTH} {height}"', 1)
+    picture = picture.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    picture = picture.replace("</desc>", f"</desc><style>{STYLE}</style>", 1)
+    return picture.removesuffix("</svg>") + "\n".join([*parts, "</svg>"])
 
 
 class _Frame:

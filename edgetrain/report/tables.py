@@ -144,8 +144,8 @@ def _sections(report: Report) -> Iterator[_Section]:
         "devices",
         "The same model on every device",
         "a row for keeping everything and one for the leanest uniform mode, at this batch; largest batch: a power of "
-        "two; images/s: by the rates of the profile; <=: an overhead of the device is unknown; *: PyTorch does not "
-        "train there",
+        "two up to 4096; images/s: by the rates of the profile; <=: an overhead of the device is unknown; *: PyTorch "
+        "does not train there",
         ("device", "there is GiB>", "mode", "needs MiB>", "fits", "largest batch>", "images/s>"),
         [line for row in report.devices for line in _device_rows(row)],
     )
