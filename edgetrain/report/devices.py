@@ -135,11 +135,13 @@ class _Steps:
         return batch
 
     def _trace(self, mode: UniformMode, batch_size: int) -> StepTrace:
+        # keeping everything is the model's own step, to the byte, and sooner traced without a plan
+        wrapped = None if mode == "keep_all" else functools.partial(wrap, plan=self.plan(mode, batch_size))
         return trace_step(
             self.model,
             input_shape=self.input_shape,
             batch_size=batch_size,
-            wrap=functools.partial(wrap, plan=self.plan(mode, batch_size)),
+            wrap=wrapped,
             optimizer=self.optimizer,
             dtype=DTYPES[self.precision],
         )
