@@ -8,14 +8,15 @@ from pathlib import Path
 
 from torch import nn
 
-from edgetrain.errors import UsageError
+from edgetrain.errors import ModelError, UsageError
 from edgetrain.memory import Costs, Times, block_seconds, compose, measure_costs, predicted_times, simulate
 from edgetrain.memory.estimate import DTYPES, Precision
 from edgetrain.planner import Plan
+from edgetrain.planner.place import Place
 from edgetrain.profiles import Profile, load_profile, profile_names
 from edgetrain.report.devices import device_rows
 from edgetrain.report.facts import BlockRow, Instant, Missing, Point, Report
-from edgetrain.report.levels import levels_of, run_levels
+from edgetrain.report.levels import levels_of, plan_level, run_levels
 from edgetrain.report.runs import Run
 from edgetrain.runtime.program import Forward, Free, Instruction, Program, describe
 
@@ -41,7 +42,8 @@ def report_of(
         model: that the plan was made for; without it what needs sizes is left out, and the report says so.
         family: the model's name in the zoo.
         run: that was trained by the plan.
-        device: a profile, its name or path; None: the plan's own, where it names one.
+        device: a profile, its name or path; None: the plan's own, where it names one. On another device the plan stays
+            what it is; budget and context are the other's.
         times: seconds of the instructions; None: from the rates of the device, where it has some.
         optimizer: whose state is counted where the plan does not say.
         precision: of weights and activations.
@@ -72,6 +74,12 @@ def report_of(
         levels=run_levels(plan, run),
         epochs=() if run is None else run.epochs,
     )
+    is_moved = profile is not None and costed is not None and profile.name != costed.device
+    if profile is not None and is_moved:
+        # what the allocator reserves, seconds and the front are those of the device that was planned for
+        there = dict.fromkeys(("reserved_bytes", "step_seconds", "times")) | {"front": (), "marked": ()}
+        budget_bytes = Place.of(profile).budget_bytes
+        facts = facts.model_copy(update={**there, "device": profile.name, "budget_bytes": budget_bytes})
     if model is not None:
         costs = measure_costs(
             model,
@@ -81,21 +89,35 @@ def report_of(
             optimizer=optimizer,
             device="cpu" if profile is None else profile.kind,
         )
-        memory = _instants(plan, costs, context_bytes=facts.context_bytes)
+        if (costs.names, costs.shapes) != (plan.program.names, plan.program.shapes):
+            raise ModelError(
+                found=f"a model of {len(costs.names)} blocks, and a plan for {len(plan.modes)} others",
+                expected="the model that the plan was made for",
+                action="name it with its number of classes, its pooling and its frozen blocks",
+            )
+        slack_bytes = 0
+        if facts.reserved_bytes is not None and facts.peak_bytes is not None:
+            slack_bytes = max(0, facts.reserved_bytes - facts.peak_bytes)
+        memory = _instants(plan, costs, context_bytes=facts.context_bytes, slack_bytes=slack_bytes)
+        times = times or _times_of(costs, profile, precision)
+        peak_bytes = max(instant.total_bytes - instant.context - instant.slack for instant in memory)
         facts = facts.model_copy(
             update={
-                "peak_bytes": facts.peak_bytes or max(i.total_bytes - i.context - i.slack for i in memory),
+                "peak_bytes": facts.peak_bytes or peak_bytes,
                 "memory": memory,
-                "blocks": _rows(plan, costs, times or _times_of(costs, profile, precision)),
-                "levels": levels_of(
-                    plan,
-                    costs,
-                    model,
-                    family=family,
-                    run=run,
-                    profile=profile,
-                    optimizer=optimizer,
-                    precision=precision,
+                "blocks": _rows(plan, costs, times),
+                "levels": (
+                    *plan_level(plan, peak_bytes),
+                    *levels_of(
+                        plan,
+                        costs,
+                        model,
+                        family=family,
+                        run=run,
+                        profile=profile,
+                        optimizer=optimizer,
+                        precision=precision,
+                    ),
                 ),
                 "devices": device_rows(
                     model,
@@ -139,13 +161,11 @@ def _sample(plan: Plan) -> tuple[int, int, int]:
     return c, h, w
 
 
-def _instants(plan: Plan, costs: Costs, *, context_bytes: int) -> tuple[Instant, ...]:
+def _instants(plan: Plan, costs: Costs, *, context_bytes: int, slack_bytes: int) -> tuple[Instant, ...]:
     """Of one micro-batch; what stays from part to part is there all the time."""
     parts = plan.micro_batches - 1
     gradients = costs.gradient_bytes if parts else 0
     batch = parts * math.prod(costs.shapes[0]) * costs.element_bytes[0]
-    costed = plan.costed
-    slack = 0 if costed is None or costed.reserved_bytes is None else costed.reserved_bytes - costed.peak_bytes
     return tuple(
         Instant(
             instruction="optimiser step" if found.instruction is None else describe(found.instruction),
@@ -158,7 +178,7 @@ def _instants(plan: Plan, costs: Costs, *, context_bytes: int) -> tuple[Instant,
             kept=found.kept,
             hidden=found.hidden,
             temporaries=found.temporaries,
-            slack=max(slack, 0),
+            slack=slack_bytes,
         )
         for found in compose(plan.program, costs)
     )
@@ -222,7 +242,7 @@ def _marked(plan: Plan) -> tuple[Point, ...]:
 def _missing(facts: Report, *, has_model: bool, has_run: bool) -> tuple[Missing, ...]:
     reasons: list[tuple[str, bool, str]] = [
         ("memory", not facts.memory, _NO_MODEL),
-        ("front", not facts.marked, "the plan has no costs: make it with edgetrain plan"),
+        ("front", not facts.marked, "it takes a plan with costs, made for this device: edgetrain plan --device"),
         ("run", not has_run, "nothing was trained: give the folder of a run"),
         ("devices", not facts.devices, "no device was asked for" if has_model else _NO_MODEL),
         ("levels", not facts.levels, "there is nothing to compare with: no model and no run"),

@@ -77,6 +77,14 @@ def levels_of(
     return (*found, *run_levels(plan, run))
 
 
+def plan_level(plan: Plan, simulated_bytes: int) -> tuple[Level, ...]:
+    """What the plan says beside what this model gives: another optimiser, precision or frozen block shows here."""
+    if plan.costed is None:
+        return ()
+    said = plan.costed.peak_bytes
+    return (Level(name="the plan's peak", predicted=said, against="simulated again", found=simulated_bytes, unit="B"),)
+
+
 def run_levels(plan: Plan, run: Run | None) -> tuple[Level, ...]:
     """What a run alone tells."""
     if run is None or plan.costed is None or run.step_seconds is None:

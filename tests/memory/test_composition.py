@@ -46,7 +46,7 @@ def test_uniform_plans_add_up_to_the_byte(network: tuple, mode: UniformMode, upd
     assert_adds_up(plan.program, costs)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(1, 3))
 def test_nested_programs_add_up_to_the_byte(network: tuple, seed: int) -> None:
     model, costs = network
     assert_adds_up(nested_program(chain_of(model), (BATCH, 3, 16, 16), seed), costs)
@@ -91,6 +91,6 @@ def test_what_waits_beside_the_device_s_memory_stays_kept() -> None:
         Backward(2, "recompute"),
         Backward(1, "saved"),
         Backward(0, "saved"),
-        *(Update(i) for i in range(2)),
+        *(Update(i) for i in range(1, 3)),
     )
     assert_adds_up(Program(costs.names, costs.shapes, steps), costs)

@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 import edgetrain
-from edgetrain.errors import DataError
+from edgetrain.errors import DataError, ModelError
 from edgetrain.memory import measure_costs, predicted_times, program_seconds, simulate
 from edgetrain.planner import Plan, Planner
 from edgetrain.profiles import load_profile
@@ -96,6 +96,16 @@ def test_on_a_cuda_profile_slack_and_context_are_shown(model: nn.Module) -> None
     assert found.limit_bytes == plan.costed.budget_bytes + context  # type: ignore[operator]
 
 
+def test_on_another_device_the_plan_stays_what_it_is(plan: Plan, model: nn.Module) -> None:
+    found = report_of(plan, title="moved", model=model, device="gtx750")
+    profile = load_profile("gtx750")
+    assert (found.device, found.budget_bytes) == ("gtx750", profile.default_budget_bytes)
+    assert (found.reserved_bytes, found.step_seconds, found.marked) == (None, None, ())
+    assert [row.mode for row in found.blocks] == list(plan.modes)
+    assert {instant.context for instant in found.memory} == {profile.context_bytes}
+    assert "front" in {missing.section for missing in found.missing}
+
+
 def test_devices_agree_with_estimates(report: Report, model: nn.Module) -> None:
     row = report.devices[0]
     plain = edgetrain.estimate(model, input_shape=SHAPE, batch_size=BATCH, device="gtx750")
@@ -117,9 +127,20 @@ def test_levels_are_what_memory_predicts(report: Report, model: nn.Module, plan:
     whole = edgetrain.estimate(
         model, input_shape=SHAPE, batch_size=BATCH, device=DEVICE, wrap=lambda net: edgetrain.wrap(net, plan)
     )
-    simulated, traced = report.levels
+    said, simulated, traced = report.levels
+    assert (said.predicted, said.found) == (plan.peak_bytes, plan.peak_bytes)
     assert (simulated.predicted, simulated.found, simulated.error) == (plan.peak_bytes, whole.peak_bytes, 0)
     assert (traced.predicted, traced.found) == (whole.peak_bytes, whole.process_peak_bytes)
+
+
+def test_a_model_that_is_not_the_plan_s_is_refused(plan: Plan) -> None:
+    with pytest.raises(ModelError, match="that the plan was made for"):
+        report_of(plan, title="frozen", model=edgetrain.freeze(edgetrain.create_model("resnet20"), 4))
+
+
+def test_another_precision_than_the_plan_s_shows(plan: Plan, model: nn.Module) -> None:
+    said = report_of(plan, title="bf16", model=model, precision="bf16").levels[0]
+    assert said.predicted == plan.peak_bytes > 1.5 * said.found
 
 
 def test_the_source_s_formula_is_a_level_of_its_networks() -> None:
