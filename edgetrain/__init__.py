@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from edgetrain import chain, export, memory, models, nn, planner, runtime, train
+    from edgetrain import chain, export, memory, models, nn, planner, report, runtime, train
     from edgetrain.chain import freeze
     from edgetrain.export import EngineReport, build_engine, export_onnx, infer
     from edgetrain.export.fold import fold
@@ -38,7 +38,7 @@ _HOMES = {
     "Wrapped": "edgetrain.runtime",
     "wrap": "edgetrain.runtime",
 }
-_ROOMS = ("chain", "export", "memory", "models", "nn", "planner", "runtime", "train")
+_ROOMS = ("chain", "export", "memory", "models", "nn", "planner", "report", "runtime", "train")
 
 __all__ = [
     "EngineReport",
@@ -61,6 +61,7 @@ __all__ = [
     "nn",
     "plan",
     "planner",
+    "report",
     "runtime",
     "train",
     "uniform_plan",

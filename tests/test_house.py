@@ -103,6 +103,7 @@ print(json.dumps([files, [edgetrain.profiles.load_profile(n).name for n in names
     assert all(Path(file).is_relative_to(site) for file in files), files
     assert names == sorted(file.stem for file in (ROOT / "profiles").glob("*.toml"))
     assert (site / "edgetrain" / "py.typed").is_file()
+    assert all((site / "edgetrain" / "report" / name).is_file() for name in ("page.html.jinja", "page.js"))
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from edgetrain.cli.estimate import estimate
 from edgetrain.cli.export import export
 from edgetrain.cli.infer import infer
 from edgetrain.cli.plan import plan
+from edgetrain.cli.report import report
 from edgetrain.cli.train import train
 from edgetrain.errors import BudgetError, EdgetrainError, StorageError, UsageError
 
@@ -31,11 +32,12 @@ app = typer.Typer(
     help="Train convolutional networks inside a hard memory cap.",
     pretty_exceptions_enable=False,
 )
-_COMMANDS = ("demo", "train", "plan", "estimate", "export", "infer", "devices", "calibrate")
+_COMMANDS = ("demo", "train", "plan", "estimate", "report", "export", "infer", "devices", "calibrate")
 app.command()(demo)
 app.command()(train)
 app.command()(plan)
 app.command()(estimate)
+app.command()(report)
 app.command()(export)
 app.command()(infer)
 app.command()(devices)

@@ -142,7 +142,7 @@ def run_training(
     from edgetrain.cli.model_argument import model_maker, sampled_maker
     from edgetrain.cli.progress import TrainingProgress
     from edgetrain.planner import UniformMode
-    from edgetrain.train import Recipe
+    from edgetrain.train import Recipe, write_atomically
     from edgetrain.train.capped import train_capped
     from edgetrain.train.data import Loader, channel_statistics, open_source, sample_images
     from edgetrain.train.run_record import RunRecord
@@ -210,6 +210,7 @@ def run_training(
 
     sample = None if chosen is not None else sample_images(source, input_shape, mean, std, seed=seed)
 
+    (out / "result.json").unlink(missing_ok=True)  # of an earlier run
     with TrainingProgress(budget_bytes=budget_bytes, quiet=quiet) as progress:
         run = train_capped(
             make_model,
@@ -225,11 +226,12 @@ def run_training(
             device="cuda" if torch.cuda.is_available() else "cpu",
             on_step=progress.step,
         )
-    return {
+    result = {
         "model": model,
         "pooling": pooling,
         "mode": mode if plan_file is None else "plan",
         "sample_modules": sample_modules,
+        "freeze": freeze,
         "predicted_step_seconds": None if run.plan.costed is None else run.plan.costed.step_seconds,
         "step_seconds": batch_size / run.history[-1].images_per_second,
         "classes": list(source.classes),
@@ -243,6 +245,8 @@ def run_training(
         "checkpoint": str(run.checkpoint),
         "normalisation": {"mean": [float(v) for v in mean], "std": [float(v) for v in std]},
     }
+    write_atomically(out / "result.json", json.dumps(result).encode())
+    return result
 
 
 def read_plan(path: Path, *, channels: int, images: int) -> Plan:

@@ -6,6 +6,7 @@ from edgetrain.memory.closed_form import (
     resnet_bytes_per_pixel,
     reversible_bytes_per_pixel,
 )
+from edgetrain.memory.composition import Composition, compose
 from edgetrain.memory.costs import BlockCosts, Costs, measure_costs
 from edgetrain.memory.cuda_allocator import (
     Allocation,
@@ -27,7 +28,7 @@ from edgetrain.memory.rates import OperatorRates, rates_of
 from edgetrain.memory.simulate import Moment, Simulation, simulate
 from edgetrain.memory.step import OPTIMIZERS, classification_loss, trace_step
 from edgetrain.memory.timeline import Timeline, timeline
-from edgetrain.memory.times import BlockTimes, Times, program_seconds
+from edgetrain.memory.times import BlockTimes, Times, block_seconds, program_seconds
 from edgetrain.memory.trace import StepTrace
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "BlockCosts",
     "BlockTimes",
     "CachingAllocator",
+    "Composition",
     "Costs",
     "Estimate",
     "Line",
@@ -53,7 +55,9 @@ __all__ = [
     "Timeline",
     "Times",
     "TraceReport",
+    "block_seconds",
     "classification_loss",
+    "compose",
     "estimate",
     "estimate_measured",
     "floor_bytes_per_pixel",

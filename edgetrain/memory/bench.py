@@ -6,6 +6,7 @@ drops all that the executor keeps by name (z and g), and what is still there is 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from edgetrain.chain import Block
 from edgetrain.memory.cuda_allocator import MemoryEvent, Release
-from edgetrain.memory.effects import Effect, Key, Layout, Operand, Output, Part
+from edgetrain.memory.effects import Effect, Key, Layout, Made, Operand, Output, Part
 from edgetrain.memory.trace import Call, Recorder
 from edgetrain.memory.work import work_of
 from edgetrain.runtime.executor import Execution, Updater
@@ -57,6 +58,7 @@ class Observation:
     Attributes:
         start: mark before it; ``end`` the one after it, ``probed`` the one after all names were dropped.
         operands: blocks of the trace.
+        gradients: of the parameters after it, likewise.
     """
 
     key: Key
@@ -66,6 +68,7 @@ class Observation:
     operands: dict[Operand, int]
     outputs: dict[Operand, Given]
     noted: tuple[Operand, ...] = ()
+    gradients: tuple[int, ...] = ()
 
 
 class Bench(Execution):
@@ -118,7 +121,9 @@ class Bench(Execution):
         noted = self._noted(i)
         self._z.clear()
         self._g.clear()
-        seen = Observation(key, start, end, self._recorder.mark(), operands, outputs, noted)
+        grads = [p.grad for p in self._blocks[i].module.parameters() if p.grad is not None]
+        gradients = tuple(self._recorder.number_of(grad) for grad in grads)
+        seen = Observation(key, start, end, self._recorder.mark(), operands, outputs, noted, gradients)
         self._stored = {**operands, **{name: given.number for name, given in outputs.items()}}
         self.observations.append(seen)
         return seen
@@ -142,13 +147,16 @@ class History:
         events: with the number of the call in which each happens, in order.
         observations: all that were made in it.
         calls: the operators of the trace.
+        first_inner: number of the first block that an operator takes for itself.
     """
 
     events: list[tuple[int, MemoryEvent]]
     observations: list[Observation]
     calls: Sequence[Call]
+    first_inner: int
     _first: dict[int, int] = field(default_factory=dict)
     _sizes: dict[int, int] = field(default_factory=dict)
+    _made: dict[int, int] = field(default_factory=dict)
     _released: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -158,8 +166,13 @@ class History:
                 self._released[event.block] = call
             else:
                 self._sizes[event.block] = event.nbytes
+                self._made[event.block] = call
         self._shared = {n for seen in self.observations for n in seen.operands.values()}
         self._shared |= {given.number for seen in self.observations for given in seen.outputs.values()}
+        self._gradients = {number for seen in self.observations for number in seen.gradients}
+        self._gradients |= {
+            given.number for seen in self.observations for name, given in seen.outputs.items() if name in ("dx", "dy")
+        }
 
     def peak_between(self, start: int, end: int) -> int:
         """Most bytes between two marks, above those at the first."""
@@ -184,17 +197,33 @@ class History:
     def _parts(self, start: int, end: int, operands: dict[int, Operand]) -> list[Part]:
         parts: list[Part] = []
         level = peak = 0
+        made: Counter[str] = Counter()
+        at_peak = Made()
         for call, event in self._between(start, end):
             assert start < call <= end
             if not isinstance(event, Release):
                 level += event.nbytes
-                peak = max(peak, level)
+                made[self._use(event.block, start, end)] += event.nbytes
+                if level > peak:
+                    peak, at_peak = level, Made(**made)
             elif event.block in operands:
-                parts.append(Part(peak, level, operands[event.block]))
+                now = Made(**made)
+                parts.append(Part(peak, level, operands[event.block], at_peak, now))
                 level = peak = 0
+                at_peak = now
             elif event.block not in self._shared:
                 level -= self._sizes[event.block]
-        return [*parts, Part(peak, level, None)]
+                made[self._use(event.block, start, end)] -= self._sizes[event.block]
+        return [*parts, Part(peak, level, None, at_peak, Made(**made))]
+
+    def _use(self, number: int, start: int, end: int) -> str:
+        """As what a block serves between two marks: a field of :class:`Made`."""
+        if number >= self.first_inner:
+            return "inner"
+        if number in self._gradients:
+            return "gradients"
+        inside = self._made[number] > start and self._released.get(number, end + 1) <= end
+        return "hidden" if inside else "kept"
 
     def _between(self, start: int, end: int) -> list[tuple[int, MemoryEvent]]:
         calls = range(start + 1, end + 1)

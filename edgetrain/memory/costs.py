@@ -178,7 +178,7 @@ def measure_costs(
             raise explained(error, recorder, fake) from error
     trace = recorder.finish()
     events = list(numbered_events(trace, InnerAllocations(trace.calls, device, measured=measured)))
-    history = History(events, survey.observations(), trace.calls)
+    history = History(events, survey.observations(), trace.calls, first_inner=len(trace.blocks))
     resident = Counter[Kind]()
     for number in trace.resident:
         resident[trace.blocks[number].kind] += trace.blocks[number].nbytes

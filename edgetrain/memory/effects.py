@@ -43,6 +43,23 @@ def first_pass(keep: Keep) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Made:
+    """What an instruction has made so far by what it serves as, less what it has freed of earlier ones' making.
+
+    Attributes:
+        kept: bytes that are still there when the instruction ends, gradients left out.
+        gradients: of parameters and activations.
+        hidden: bytes that are gone when it ends.
+        inner: what the operator that runs takes for itself.
+    """
+
+    kept: int = 0
+    gradients: int = 0
+    hidden: int = 0
+    inner: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
     """A stretch of an instruction.
 
@@ -50,11 +67,14 @@ class Part:
         peak_bytes: most bytes in it, above those at its start.
         net_bytes: at its end, above those at its start.
         releases: what the instruction lets go of then; None at the end of the instruction.
+        at_peak: what the instruction has made by then, earlier parts included; ``at_end`` likewise at its end.
     """
 
     peak_bytes: int
     net_bytes: int
     releases: Operand | None
+    at_peak: Made = Made()
+    at_end: Made = Made()
 
 
 @dataclass(frozen=True, slots=True)

@@ -274,7 +274,7 @@ def estimate_measured(
         peak_bytes=total - _PROCESS_BYTES,
         reserved_bytes=total - _PROCESS_BYTES,
         process_peak_bytes=total,
-        available_bytes=_available(profile),
+        available_bytes=available_on(profile),
         owners=(),
         peak_operator="not known from a measurement",
         unknown=profile.unknown_overheads if profile.memory is not None else (),
@@ -286,7 +286,8 @@ def _nbytes(state: dict[str, Any]) -> int:
     return sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, torch.Tensor))
 
 
-def _available(profile: Profile) -> int | None:
+def available_on(profile: Profile) -> int | None:
+    """What a training step may take of the device; None: nobody knows."""
     available = profile.available_bytes
     if available is None and (profile.kind == "cpu" or torch.cuda.is_available()):
         available = select_target(profile.kind).probe().available_bytes
@@ -329,7 +330,7 @@ def from_trace(
         peak_bytes=line.peak_bytes,
         reserved_bytes=reserved,
         process_peak_bytes=sum(part.nbytes for part in lines),
-        available_bytes=_available(profile),
+        available_bytes=available_on(profile),
         owners=tuple(_blocks(line).most_common(_OWNERS)),
         peak_operator=_operator(line),
         unknown=tuple(unknown),

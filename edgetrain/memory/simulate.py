@@ -90,23 +90,33 @@ def simulate(program: Program, costs: Costs, *, optimizer_bytes: int | None = No
     Raises:
         ModelError: the costs are of another chain or batch size, or an instruction needs what is not there.
     """
+    check_same_chain(program, costs)
+    state = costs.optimizer_bytes if optimizer_bytes is None else optimizer_bytes
+    simulator = Simulator(program, costs, costs.weight_bytes + state)
+    resident = simulator.level
+    moments = [simulator.run(step) for step in program.instructions]
+    if not updates_in_backward(program):
+        after = resident + costs.gradient_bytes
+        moments.append(Moment(None, after, after + costs.update_bytes, after, (), (), ()))
+    return Simulation(max(m.peak_bytes for m in moments), resident, simulator.host_peak_bytes, tuple(moments))
+
+
+def check_same_chain(program: Program, costs: Costs) -> None:
+    """Raises ModelError where ``costs`` are of another chain or batch size."""
     if program.names != costs.names or program.shapes != costs.shapes:
         raise ModelError(
             found=f"costs of {len(costs.names)} blocks for {costs.shapes[0]}",
             expected=f"those of the program: {len(program.names)} blocks for {program.shapes[0]}",
             action="measure the costs of this model at this input and batch size",
         )
-    state = costs.optimizer_bytes if optimizer_bytes is None else optimizer_bytes
-    simulator = _Simulator(program, costs, costs.weight_bytes + state)
-    resident = simulator.level
-    moments = [simulator.run(step) for step in program.instructions]
-    if not any(isinstance(step, Update) for step in program.instructions):
-        after = resident + costs.gradient_bytes
-        moments.append(Moment(None, after, after + costs.update_bytes, after, (), (), ()))
-    return Simulation(max(m.peak_bytes for m in moments), resident, simulator.host_peak_bytes, tuple(moments))
 
 
-class _Storage:
+def updates_in_backward(program: Program) -> bool:
+    """Whether the optimiser steps block by block, and not after the Program."""
+    return any(isinstance(step, Update) for step in program.instructions)
+
+
+class Storage:
     """Memory of a tensor.
 
     Attributes:
@@ -124,8 +134,8 @@ class _Storage:
         self.foreign = False
 
 
-_Tensor = tuple[_Storage, Layout]
-_Operands = dict[Operand, _Storage]
+_Tensor = tuple[Storage, Layout]
+Operands = dict[Operand, Storage]
 
 
 @dataclass(slots=True)
@@ -134,11 +144,18 @@ class _Held:
 
     stored_by: str
     layout: Layout
-    held: _Operands
-    noted: list[_Storage]
+    held: Operands
+    noted: list[Storage]
 
 
-class _Simulator:
+class Simulator:
+    """Runs the instructions of a Program one after the other.
+
+    Attributes:
+        level: bytes allocated; ``peak``: the most since the last instruction began.
+        host_peak_bytes: most bytes offloaded to the host at once.
+    """
+
     def __init__(self, program: Program, costs: Costs, resident_bytes: int) -> None:
         self._costs, self._plain = costs, program.is_plain
         self._sizes = [_size(shape) * b for shape, b in zip(program.shapes, costs.element_bytes, strict=True)]
@@ -147,10 +164,10 @@ class _Simulator:
         self._graphs: dict[int, _Held] = {}
         self._products: dict[int, _Held] = {}
         self._first: dict[int, str] = {}
-        self._offloaded: dict[int, tuple[_Storage, Layout, Place]] = {}
+        self._offloaded: dict[int, tuple[Storage, Layout, Place]] = {}
         self._host_bytes = self.host_peak_bytes = 0
         self.level = self.peak = resident_bytes + self._sizes[0]
-        batch = _Storage(self._sizes[0])
+        batch = Storage(self._sizes[0])
         batch.holders, batch.foreign = 1, True
         self._put(self._z, 0, batch, None)
 
@@ -203,7 +220,7 @@ class _Simulator:
             key = key_of(f"forward {keep}", x=layout)
             self._first[i] = first_pass(keep)
         effect = block.effect(key)
-        operands: _Operands = {"x": x}
+        operands: Operands = {"x": x}
         self._apply(effect, operands)
         if keep in ("all", "products", "products_only"):
             held = {operand: operands[operand] for operand in effect.kept}
@@ -222,7 +239,7 @@ class _Simulator:
         effect = self._costs.heads.get(layout)
         if effect is None:
             raise KeyError(f"z[{last}]")
-        operands: _Operands = {"y": y}
+        operands: Operands = {"y": y}
         self._apply(effect, operands)
         operands["dy"].foreign = True
         self._name(effect, operands, self._g, last, "dy")
@@ -231,7 +248,7 @@ class _Simulator:
 
     def _backward(self, i: int, how: How) -> None:
         block = self._costs.blocks[i]
-        operands: _Operands
+        operands: Operands
         taken: tuple[Operand, ...]
         if how in ("saved", "selective"):
             found = (self._graphs if how == "saved" else self._products).pop(i)
@@ -267,7 +284,7 @@ class _Simulator:
             copy = self._new(halves if place == "bfloat16" else self._sizes[index])
             copy.holders += 1
         else:
-            copy = _Storage(self._sizes[index])
+            copy = Storage(self._sizes[index])
         if place == "host":
             self._host_bytes += 0 if self._costs.device == "cpu" else copy.nbytes
             self.host_peak_bytes = max(self.host_peak_bytes, self._host_bytes)
@@ -285,17 +302,17 @@ class _Simulator:
         elif place == "host":
             self._host_bytes -= storage.nbytes
 
-    def _own(self, tensors: dict[int, _Tensor], i: int) -> _Storage:
+    def _own(self, tensors: dict[int, _Tensor], i: int) -> Storage:
         """Memory of ``tensors[i]``, taken out: a copy where the executor copies."""
         storage, layout = self._pop(tensors, i)
         if layout is None and not (storage.names or storage.noted or storage.foreign):
             return storage
-        copy = self._new(self._sizes[i])
+        copy = self._new(self._sizes[i], storage)
         copy.holders += 1
         self._drop(storage)
         return copy
 
-    def _apply(self, effect: Effect, operands: _Operands) -> None:
+    def _apply(self, effect: Effect, operands: Operands) -> None:
         """Runs an instruction; its outputs join ``operands``."""
         level, peak = self.level, self.peak
         for part in effect.parts:
@@ -308,28 +325,29 @@ class _Simulator:
                     level -= storage.nbytes
         self.level, self.peak = level, peak
         for output in effect.outputs:
-            operands[output.name] = _Storage(output.nbytes) if output.inside is None else operands[output.inside]
+            operands[output.name] = Storage(output.nbytes) if output.inside is None else operands[output.inside]
         for operand in effect.kept:
             operands[operand].holders += 1
 
-    def _name(self, effect: Effect, operands: _Operands, tensors: dict[int, _Tensor], i: int, name: Operand) -> None:
+    def _name(self, effect: Effect, operands: Operands, tensors: dict[int, _Tensor], i: int, name: Operand) -> None:
         for output in effect.outputs:
             if output.name == name:
                 self._put(tensors, i, operands[name], output.layout)
 
-    def _let_go(self, effect: Effect, operands: _Operands, *taken: Operand) -> None:
+    def _let_go(self, effect: Effect, operands: Operands, *taken: Operand) -> None:
         """Drops what the instruction was given and did not let go of itself: it went into an output."""
         released = {part.releases for part in effect.parts}
         for name in taken:
             if name not in released:
                 self._drop(operands[name])
 
-    def _new(self, nbytes: int) -> _Storage:
+    def _new(self, nbytes: int, like: Storage | None = None) -> Storage:
+        """New memory, in which something of ``like`` will be."""
         self.level += nbytes
         self.peak = max(self.peak, self.level)
-        return _Storage(nbytes)
+        return Storage(nbytes)
 
-    def _put(self, tensors: dict[int, _Tensor], i: int, storage: _Storage, layout: Layout) -> None:
+    def _put(self, tensors: dict[int, _Tensor], i: int, storage: Storage, layout: Layout) -> None:
         storage.names += 1
         storage.holders += 1
         if i in tensors:
@@ -341,10 +359,13 @@ class _Simulator:
         storage.names -= 1
         return storage, layout
 
-    def _drop(self, storage: _Storage) -> None:
+    def _drop(self, storage: Storage) -> None:
         storage.holders -= 1
         if not storage.holders:
-            self.level -= storage.nbytes
+            self._free(storage)
+
+    def _free(self, storage: Storage) -> None:
+        self.level -= storage.nbytes
 
 
 def _size(shape: tuple[int, ...]) -> int:

@@ -133,6 +133,33 @@ def program_seconds(program: Program, times: Times) -> float:
     return seconds + math.fsum(block.update for block in times.blocks)
 
 
+def block_seconds(program: Program, times: Times) -> tuple[float, ...]:
+    """Seconds of a step by block: with the head's they add up to :func:`program_seconds`.
+
+    A transfer of z[i] counts for block i.
+
+    Raises:
+        ModelError: as :func:`program_seconds`.
+    """
+    program_seconds(program, times)
+    taken: list[list[float]] = [[] for _ in program.names]
+    away: dict[int, Place] = {}
+    for step in program.instructions:
+        if isinstance(step, Recompute):
+            for i in range(step.first, step.last + 1):
+                taken[i].append(instruction_seconds(Recompute(i, i, step.keep), times, away))
+        elif isinstance(step, Forward | Backward | Update):
+            taken[step.block].append(instruction_seconds(step, times, away))
+        elif isinstance(step, Offload | Fetch):
+            if isinstance(step, Offload):
+                away[step.index] = step.to
+            taken[min(step.index, len(taken) - 1)].append(instruction_seconds(step, times, away))
+    if not any(isinstance(step, Update) for step in program.instructions):
+        for of_block, block in zip(taken, times.blocks, strict=True):
+            of_block.append(block.update)
+    return tuple(math.fsum(of_block) for of_block in taken)
+
+
 def instruction_seconds(step: Instruction, times: Times, away: Mapping[int, Place]) -> float:
     """Seconds of ``step``.
 

@@ -176,7 +176,7 @@ class Program:
         """The instructions as text, a line each, with the shape they give."""
         rows = [f"{'':>4} {'instruction':<34} {'block':<22} gives"]
         for number, step in enumerate(self.instructions):
-            rows.append(f"{number:>4} {_describe(step):<34} {self._name(step):<22} {self._gives(step)}".rstrip())
+            rows.append(f"{number:>4} {describe(step):<34} {self._name(step):<22} {self._gives(step)}".rstrip())
         return "\n".join(rows)
 
     def to_json(self) -> str:
@@ -241,7 +241,8 @@ def _instruction(data: dict[str, Any]) -> Instruction:
     return kind(**arguments)
 
 
-def _describe(step: Instruction) -> str:
+def describe(step: Instruction) -> str:
+    """``step`` in a few words: ``forward 3 keep=input``."""
     if isinstance(step, Forward):
         return f"forward {step.block} keep={step.keep}"
     if isinstance(step, Recompute):
