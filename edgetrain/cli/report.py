@@ -47,12 +47,12 @@ def report(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
     """Report on the memory of a plan, a run or a model."""
+    from edgetrain.files import write_atomically
     from edgetrain.report import all_profiles
     from edgetrain.report.compare import compare as compare_reports
     from edgetrain.report.compare import comparison_tables
     from edgetrain.report.page import page_of
     from edgetrain.report.text import markdown_text, table_lines, terminal_text
-    from edgetrain.train.checkpoint import write_atomically
 
     if (source is None) == (compare is None):
         raise UsageError(
