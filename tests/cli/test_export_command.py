@@ -111,6 +111,14 @@ def test_a_person_reads_the_steps(capfd: pytest.CaptureFixture[str]):
     assert out.endswith("certificate: nano.certificate.json\n")
 
 
+def test_out_may_be_a_folder(capfd: pytest.CaptureFixture[str]):
+    Path("with.dot").mkdir()
+    for folder in ("new", "with.dot"):
+        document = json.loads(said(capfd, "export", "run", "--images", "4", "--out", folder, "--json"))
+        assert document["path"] == f"{folder}/model.onnx"
+        assert sorted(path.name for path in Path(folder).iterdir()) == ["model.certificate.json", "model.onnx"]
+
+
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_other_precisions_say_what_they_cost(precision: str, capfd: pytest.CaptureFixture[str], folder: Path):
     out = said(capfd, "export", "run", "--precision", precision, "--images", "40", "--json")
@@ -181,6 +189,9 @@ def test_an_engine_completes_the_certificate(capfd: pytest.CaptureFixture[str]):
         ("export run --model resnet20", 2, "both"),
         ("export run --format onx", 2, "onnx"),
         ("export run --refit old.engine", 2, "--format tensorrt"),
+        ("export run --format tensorrt --refit old.engine --refittable", 2, "one of them"),
+        ("export run --format tensorrt --out net.onnx", 2, "pass --out net.engine"),
+        ("export run --out net.engine", 2, "pass --out net.onnx"),
         ("export run --precision fp8", 2, "fp32"),
         ("export run --device orin-nano", 2, "orin-nano-8gb"),
         ("export photos", 7, "run.json"),
