@@ -69,7 +69,7 @@ def infer(path: str | Path, images: Sequence[str | Path], *, timing_runs: int = 
     path = Path(path)
     if not path.is_file():
         raise StorageError(
-            found=f"{path} does not exist",
+            found=f"{path} is a folder" if path.is_dir() else f"{path} does not exist",
             expected="a graph (.onnx) or an engine (.engine) that edgetrain export wrote",
             action="check the path, or run edgetrain export RUN",
         )
