@@ -7,7 +7,8 @@ halves    the halves stay apart and have a batch norm each
 factors   s into the weights, a factor left on the identity paths: u' = s1 x1 + (s1 F) x2, z1 = u' + t1,
           z2 = s2 x2 + (s2 G / s1) u' + t2
 carried   z = d z~ with d the product of all s so far, taken in by the weights; t1 is left, and d at the end
-delta     the identity paths as Dirac deltas: u' = [diag(s1) I, s1 F] [x1, x2], z2 = [s2 G / s1, diag(s2) I] [u', x2] + t2
+delta     the identity paths as Dirac deltas: u' = [diag(s1) I, s1 F] [x1, x2], z1 = u' + t1,
+          z2 = [s2 G / s1, diag(s2) I] [u', x2] + t2
 
 t1 stays in all of them, as G pads u with zeros. "carried" needs s > 0, which invertible batch norm has: leaky ReLU lets
 such factors through. Its channels then differ by products of many scales, which half precision and INT8 do not bear.
@@ -193,7 +194,8 @@ def main() -> None:
     if not options.json:
         for row in rows:
             print(
-                f"{row['network']:<11} {row['channels']:>4} channels, {row['side']:>2} pixels  {row['way']:<8} {row['latency_ms']:7.3f} ms  "
+                f"{row['network']:<11} {row['channels']:>4} channels, {row['side']:>2} pixels  {row['way']:<8} "
+                f"{row['latency_ms']:7.3f} ms  "
                 f"/ joined {row['over_joined']:.3f}  difference {row['max_difference']:.1e}"
             )
 

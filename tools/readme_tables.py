@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / name for name in ("memory.md", "planning.md", "time.md", "engines.md", "dirac.md")),
+    *(ROOT / "docs" / name for name in ("memory.md", "planning.md", "time.md", "engines.md", "dirac.md", "folding.md")),
 )
 
 
@@ -217,6 +217,23 @@ def dirac() -> str:
     return "\n".join([*lines, "", provenance(document)])
 
 
+def coupling() -> str:
+    """Ways to compute batch norm after a coupling, against one batch norm on the joined halves."""
+    document = load("coupling_folds.json")
+    if document is None:
+        return "Not measured yet."
+    ways = [way for way in dict.fromkeys(row["way"] for row in document["rows"]) if way != "joined"]
+    lines = [f"| coupling layers of | joined, ms | {' | '.join(ways)} |", "|---" * (len(ways) + 2) + "|"]
+    stages: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in document["rows"]:
+        name = f"{row['network']}, {row['channels']} channels, {row['side']}x{row['side']}"
+        stages.setdefault(name, {})[row["way"]] = row
+    for name, rows in stages.items():
+        ratios = " | ".join(f"{rows[way]['over_joined']:.2f}" for way in ways)
+        lines.append(f"| {name} | {rows['joined']['latency_ms']:.2f} | {ratios} |")
+    return "\n".join([*lines, "", provenance(document)])
+
+
 TABLES = {
     "memory": memory,
     "prediction": prediction,
@@ -228,6 +245,7 @@ TABLES = {
     "monet": monet,
     "engines": engines,
     "dirac": dirac,
+    "coupling": coupling,
 }
 
 
