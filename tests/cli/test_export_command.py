@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -163,6 +164,21 @@ def test_infer_names_classes(capfd: pytest.CaptureFixture[str]):
         assert sum(prediction["probabilities"]) == pytest.approx(1)
         assert prediction["label"] == str(int(np.argmax(prediction["probabilities"])))
         assert prediction["probability"] == max(prediction["probabilities"])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "operator", "shape"), [("ab", "Add", ["n", 1, 8, 8]), ("a", "Relu", ["n", 1, 8, 8])], ids=["two", "map"]
+)
+def test_a_graph_that_classifies_no_images(
+    inputs: str, operator: str, shape: list[str | int], capfd: pytest.CaptureFixture[str], tmp_path: Path
+):
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in (*inputs, "answer")]
+    node = onnx.helper.make_node(operator, list(inputs), ["answer"])
+    graph = onnx.helper.make_graph([node], "g", values[:-1], values[-1:])
+    opset = onnx.helper.make_opsetid("", 17)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8), str(tmp_path / "g.onnx"))
+    assert run(["infer", str(tmp_path / "g.onnx"), "photos"]) == 8
+    assert "logits (n, classes)" in capfd.readouterr().err
 
 
 def test_a_device_without_a_builder_here_gets_the_graph_and_the_command(capfd: pytest.CaptureFixture[str]):
