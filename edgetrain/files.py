@@ -1,8 +1,9 @@
-"""Files that are whole or absent: written under another name, synced, then renamed."""
+"""Files that are whole or absent: written under another name, synced, then renamed; and the digest of one."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -39,3 +40,12 @@ def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview]) 
     finally:  # whatever happened, Ctrl-C included; after the rename there is nothing to remove
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

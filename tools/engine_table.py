@@ -20,15 +20,13 @@ from graph_variants import INPUT_SHAPE, MODELS, write_variant
 
 import edgetrain
 from edgetrain.errors import MissingExtraError
-from edgetrain.export.engines.graph import EnginePrecision
+from edgetrain.export.precision import Precision
 from edgetrain.units import MIB
 
-PRECISIONS: tuple[EnginePrecision, ...] = ("fp32", "fp16", "int8")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 
 
-def build(
-    name: str, precision: EnginePrecision, folder: Path, *, device: str, capability: str, batch: int
-) -> dict[str, Any]:
+def build(name: str, precision: Precision, folder: Path, *, device: str, capability: str, batch: int) -> dict[str, Any]:
     """One engine, as a row."""
     graph = write_variant(name, precision, folder)
     report = edgetrain.build_engine(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from edgetrain.units import MIB
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("memory.md", "planning.md", "time.md", "engines.md")))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / name for name in ("memory.md", "planning.md", "time.md", "engines.md", "dirac.md", "folding.md")),
+)
 
 
 def load(name: str) -> dict[str, Any] | None:
@@ -192,6 +196,44 @@ def engines() -> str:
     return "\n".join([*lines, "", about + provenance(document)])
 
 
+def dirac() -> str:
+    """Plain and Dirac chains at growing depth beside what the source prints, and I + W; medians over the seeds."""
+    document = load("dirac_depth.json")
+    if document is None:
+        return "Not measured yet."
+    printed = {10: ("equal", ""), 34: ("91.2 %", "92.8 %"), 52: ("88 %", "-"), 100: ("40 %", "92.4 %")}
+    runs: dict[tuple[str, float], list[float]] = {}
+    for row in document["rows"]:
+        key = (row["network"], row["depth"] if row["sigma"] is None else row["sigma"])
+        runs.setdefault(key, []).append(row["curve"][-1]["test_accuracy"] if row["curve"] else 0.0)
+    found = {key: f"{100 * statistics.median(values):.1f} %" for key, values in runs.items()}
+    lines = ["| layers | plain | Dirac | printed on CIFAR-10: plain | Dirac |", "|---|---|---|---|---|"]
+    for name, depth in found:
+        if name == "plain":
+            others = " | ".join(printed.get(int(depth), ("-", "-")))
+            lines.append(f"| {depth} | {found[name, depth]} | {found['dirac', depth]} | {others} |")
+    lines += ["", "| sigma of I + W | test accuracy |", "|---|---|"]
+    lines += [f"| {sigma:g} | {text} |" for (name, sigma), text in found.items() if name == "I + W"]
+    return "\n".join([*lines, "", provenance(document)])
+
+
+def coupling() -> str:
+    """Ways to compute batch norm after a coupling, against one batch norm on the joined halves."""
+    document = load("coupling_folds.json")
+    if document is None:
+        return "Not measured yet."
+    ways = [way for way in dict.fromkeys(row["way"] for row in document["rows"]) if way != "joined"]
+    lines = [f"| coupling layers of | joined, ms | {' | '.join(ways)} |", "|---" * (len(ways) + 2) + "|"]
+    stages: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in document["rows"]:
+        name = f"{row['network']}, {row['channels']} channels, {row['side']}x{row['side']}"
+        stages.setdefault(name, {})[row["way"]] = row
+    for name, rows in stages.items():
+        ratios = " | ".join(f"{rows[way]['over_joined']:.2f}" for way in ways)
+        lines.append(f"| {name} | {rows['joined']['latency_ms']:.2f} | {ratios} |")
+    return "\n".join([*lines, "", provenance(document)])
+
+
 TABLES = {
     "memory": memory,
     "prediction": prediction,
@@ -202,6 +244,8 @@ TABLES = {
     "planner": planner,
     "monet": monet,
     "engines": engines,
+    "dirac": dirac,
+    "coupling": coupling,
 }
 
 

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from edgetrain.export.describe import About
     from edgetrain.export.images import ImageSet
     from edgetrain.export.onnx import Export
-    from edgetrain.export.verify import Precision
+    from edgetrain.export.precision import Precision
 
-FORMATS = ("onnx", "tensorrt")
+SUFFIXES = {"onnx": ".onnx", "tensorrt": ".engine"}
+"""Formats, and what their files end in."""
 CALIBRATION_IMAGES = 256
 
 
@@ -34,30 +35,42 @@ def export(
     format: Annotated[str, typer.Option(help="onnx or tensorrt.")] = "onnx",
     device: Annotated[str | None, typer.Option(help="Profile of the device, like orin-nano-8gb.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "fp32",
-    batch: Annotated[int | None, typer.Option(min=1, help="Fixed batch; without it any size.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="onnx: fixed batch, else any; tensorrt: largest batch, else 1.")
+    ] = None,
     images: Annotated[int, typer.Option(min=1, help="Test images to compare on.")] = 64,
-    out: Annotated[Path | None, typer.Option(help="File to write; default: in the run directory.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File (.onnx, .engine) or folder to write; default: RUN/export.")
+    ] = None,
     refittable: Annotated[
         bool, typer.Option("--refittable", help="An engine that takes new weights later, with --refit.")
     ] = False,
     refit: Annotated[
-        Path | None, typer.Option(help="Give this engine the weights of the run, in place of building one.")
+        Path | None,
+        typer.Option(help="Give this engine the weights of the run, in place or as --out."),
     ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Print folds, findings and the refit map.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the certificate as one JSON document.")] = False,
 ) -> None:
     """Export a trained network: folded, checked, and compared with PyTorch before the file gets its name."""
-    if format not in FORMATS:
+    if format not in SUFFIXES:
         raise UsageError(
             found=f"--format {format}",
-            expected="one of " + ", ".join(FORMATS),
-            action=near_matches(format, list(FORMATS)),
+            expected="one of " + ", ".join(SUFFIXES),
+            action=near_matches(format, list(SUFFIXES)),
         )
     if format == "onnx" and (refittable or refit is not None):
         raise UsageError(
             found="--refittable or --refit with --format onnx", expected="an engine", action="pass --format tensorrt"
         )
-    engine = None if format == "onnx" else out or (run or Path()) / "export" / f"{_stem(precision)}.engine"
+    if refittable and refit is not None:
+        raise UsageError(
+            found="--refittable and --refit",
+            expected="one of them",
+            action="leave out --refittable: nothing is built",
+        )
+    target = _target(out, run, format, precision)
+    engine = None if format == "onnx" else target
     exported, images_shown = run_export(
         run=run,
         model=model,
@@ -67,14 +80,14 @@ def export(
         precision=precision,
         batch=batch if engine is None else None,
         images=images,
-        out=out if engine is None else engine.with_suffix(".onnx"),
+        out=target.with_suffix(".onnx"),
     )
     certificate, report = exported.certificate, None
     if engine is not None:
         from edgetrain.export.engine_step import engine_of, refitted
 
         if refit is not None:
-            report, certificate = refitted(exported, refit, images_shown)
+            report, certificate = refitted(exported, refit, refit if out is None else target, images_shown)
         else:
             report, certificate = engine_of(exported, engine, batch=batch, refittable=refittable, images=images_shown)
     if as_json:
@@ -97,7 +110,7 @@ def run_export(
     precision: str,
     batch: int | None,
     images: int,
-    out: Path | None,
+    out: Path,
 ) -> tuple[Export, ImageSet | None]:
     """What ``edgetrain export --format onnx`` does, as a value, and the images that it compared on."""
     from edgetrain.export import export_onnx
@@ -113,7 +126,7 @@ def run_export(
     )
     exported = export_onnx(
         network,
-        out or (run or Path()) / "export" / f"{_stem(precision)}.onnx",
+        out,
         input_shape=shape,
         images=shown,
         device=device,
@@ -125,8 +138,23 @@ def run_export(
     return exported, shown
 
 
-def _stem(precision: str) -> str:
-    return "model" if precision == "fp32" else f"model-{precision}"
+def _target(out: Path | None, run: Path | None, format: str, precision: str) -> Path:
+    """The file to write: ``out`` where it has the ending of the format, else one of the usual name in that folder.
+
+    Raises:
+        UsageError: another ending.
+    """
+    suffix = SUFFIXES[format]
+    if out is not None and out.suffix == suffix and not out.is_dir():
+        return out
+    if out is not None and out.suffix and not out.is_dir():
+        raise UsageError(
+            found=f"--out {out} with --format {format}",
+            expected=f"a file that ends in {suffix}, or a folder",
+            action=f"pass --out {out.with_suffix(suffix)}",
+        )
+    folder = (run or Path()) / "export" if out is None else out
+    return folder / f"{'model' if precision == 'fp32' else f'model-{precision}'}{suffix}"
 
 
 _Network = tuple["nn.Module", "tuple[int, int, int]", "About", "ImageSet | None", "ImageSet | None"]

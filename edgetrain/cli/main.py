@@ -105,8 +105,13 @@ def _usage_error(mistake: Any) -> UsageError:
 
 
 def _complain_of(error: EdgetrainError) -> None:
-    found, expected, action = (part.rstrip(". \n") for part in (error.found, error.expected, error.action))
-    _complain(f"Found: {found}. Expected: {expected}. To do: {action}{'' if action.endswith('?') else '.'}")
+    """Prints the three parts as one paragraph, and below it each command to run, as it is to be copied."""
+    action, *commands = error.action.splitlines()
+    found, expected, action = (part.rstrip(". \n") for part in (error.found, error.expected, action))
+    end = "" if action.endswith(("?", ":")) else "."
+    _complain(f"Found: {found}. Expected: {expected}. To do: {action}{end}")
+    for command in commands:
+        print(command, file=sys.stderr)
 
 
 def _complain(text: str) -> None:

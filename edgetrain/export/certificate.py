@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from edgetrain.errors import StorageError
+from edgetrain.export.precision import Precision
+from edgetrain.files import file_sha256
 
 
 class Entry(BaseModel):
@@ -101,7 +103,7 @@ class Certificate(Entry):
     device: str | None
     opset: int
     opset_reason: str
-    precision: Literal["fp32", "fp16", "int8"]
+    precision: Precision
     batch_size: int | None
     image_source: str
     images: tuple[Image, ...]
@@ -158,11 +160,7 @@ def certificate_path(path: Path) -> Path:
 
 def describe_file(path: Path, *, name: str | None = None) -> File:
     """Name, digest and size of ``path``, under the ``name`` that it will get."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return File(name=name or path.name, sha256=digest.hexdigest(), size_bytes=path.stat().st_size)
+    return File(name=name or path.name, sha256=file_sha256(path), size_bytes=path.stat().st_size)
 
 
 def state_digest(model: nn.Module) -> str:

@@ -11,10 +11,11 @@ any other constant after the node and the input that take it (``head/Reshape.sha
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,7 @@ def write_graph(
     if batch_size is not None:
         sample = sample[:1].expand(batch_size, *sample.shape[1:]).contiguous()  # (batch_size, c, h, w)
     flat = flattened(plain, without_product=without_product)
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), _quiet():
         # this graph writer is marked as deprecated, and it warns of every shape that the trace fixes
         warnings.simplefilter("ignore")
         try:
@@ -82,6 +83,17 @@ def write_graph(
     rename(graph, kept={plain_name(name) for name in flat.state_dict()})
     onnx.save(graph, str(path))
     return graph
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's print of the whole graph to stdout on an error, which its own switch does not turn off (2.13)."""
+    log = torch._C._jit_onnx_log
+    torch._C._jit_onnx_log = lambda *parts: None
+    try:
+        yield
+    finally:
+        torch._C._jit_onnx_log = log
 
 
 def flattened(plain: Plain, *, without_product: bool = False) -> torch.fx.GraphModule:

@@ -69,7 +69,7 @@ def infer(path: str | Path, images: Sequence[str | Path], *, timing_runs: int = 
     path = Path(path)
     if not path.is_file():
         raise StorageError(
-            found=f"{path} does not exist",
+            found=f"{path} is a folder" if path.is_dir() else f"{path} does not exist",
             expected="a graph (.onnx) or an engine (.engine) that edgetrain export wrote",
             action="check the path, or run edgetrain export RUN",
         )
@@ -109,7 +109,14 @@ def _open_graph(path: Path) -> _Network:
         logits = run_session(session, pixels)
         return logits, time.perf_counter() - began
 
-    shape = _input_shape(session.get_inputs()[0].shape, path)
+    given, answer = session.get_inputs(), session.get_outputs()[0]
+    if len(given) != 1 or len(answer.shape) != 2:
+        raise ExportError(
+            found=f"{path} takes {len(given)} input(s) and gives {answer.name} of shape {answer.shape}",
+            expected="one input of images, and logits (n, classes)",
+            action="pass a graph that edgetrain export wrote",
+        )
+    shape = _input_shape(given[0].shape, path)
     return _Network(shape, json.loads(metadata.get("classes") or "[]"), "ONNX Runtime, CPU", run)
 
 

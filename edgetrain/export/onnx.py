@@ -9,18 +9,14 @@ and the lint finds no error, the graph is renamed, and after it the certificate.
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from edgetrain.errors import UsageError, near_matches
@@ -36,20 +32,19 @@ from edgetrain.export.certificate import (
 )
 from edgetrain.export.classifier import WITHOUT_PRODUCT
 from edgetrain.export.describe import About, metadata, refit_map, text_digest, versions
-from edgetrain.export.fold import Fold, fold
+from edgetrain.export.evaluation import evaluating, logits_of, rounding_of
+from edgetrain.export.fold import Fold, FoldReport, fold
 from edgetrain.export.graph import set_metadata, write_graph
 from edgetrain.export.images import ImageSet, as_image_set, with_normalisation
-from edgetrain.export.lint import lint, refuse_errors
+from edgetrain.export.lint import Finding, lint, refuse_errors
 from edgetrain.export.opset import choose_opset
-from edgetrain.export.precision import to_float16, to_int8
+from edgetrain.export.precision import Precision, to_float16, to_int8
 from edgetrain.export.proof import FOLDED, GRAPH, TRAINED, Proof
-from edgetrain.export.verify import PYTORCH, RUNTIME, Logits, Precision
+from edgetrain.export.verify import PYTORCH, RUNTIME
 from edgetrain.profiles import load_profile
 
 if TYPE_CHECKING:
     from onnx import ModelProto
-
-_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -113,6 +108,7 @@ def export_onnx(
     Raises:
         ExportError: the graph disagrees with PyTorch or would not run on the device; nothing is left under ``path``.
         MissingExtraError: onnx or onnxruntime is not installed.
+        ModelError: the network does not take such images, or gives no logits.
         UsageError: an unknown precision or device, or images of another shape.
     """
     path, about = Path(path), about or About()
@@ -126,10 +122,11 @@ def export_onnx(
     shown = as_image_set(images, input_shape)
     tuned = shown if calibration is None else as_image_set(calibration, input_shape)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _evaluating(model), tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+    with evaluating(model), tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         whole = with_normalisation(model, about.normalisation)
+        trained = logits_of(whole, shown.pixels)
         plain = fold(whole)
-        trained, folded = _logits(whole, shown.pixels), _logits(plain, shown.pixels)
+        folded = logits_of(plain, shown.pixels)
         first = Path(folder) / "fp32.onnx"
         graph = write_graph(
             plain,
@@ -139,7 +136,7 @@ def export_onnx(
             batch_size=batch_size,
             without_product=profile is not None and profile.compute_capability_pair == WITHOUT_PRODUCT,
         )
-        proof = Proof(shown, partial(_rounding, whole, shown.pixels, trained))
+        proof = Proof(shown, partial(rounding_of, whole, shown.pixels, trained))
         proof.step(trained, folded, before=TRAINED, after=FOLDED, evaluator=PYTORCH, precision="fp32")
         exact = proof.graph(first, graph, folded, before=FOLDED, precision="fp32")
         last, final = first, exact
@@ -148,7 +145,7 @@ def export_onnx(
             graph = _converted(graph, first, last, precision, tuned)
             final = proof.graph(last, graph, exact, before="fp32 " + GRAPH, precision=precision)
         proof.step(trained, final, before=TRAINED, after=GRAPH, evaluator=RUNTIME, precision=precision)
-        findings = lint(graph, profile)
+        findings = (*_fixed_decisions(plain.report), *lint(graph, profile))
         refuse_errors(findings)
         set_metadata(graph, metadata(about, input_shape, opset.version, precision))
         _save(graph, last)
@@ -201,30 +198,18 @@ def _save(graph: ModelProto, path: Path) -> None:
     onnx.save(graph, str(path))
 
 
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """``model`` on the CPU and in evaluation mode; afterwards as it was, every part of it."""
-    modes = [(module, module.training) for module in model.modules()]
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    try:
-        model.cpu().eval()
-        yield
-    finally:
-        model.to(device)
-        for module, training in modes:
-            module.training = training
-
-
-def _logits(model: nn.Module, pixels: Tensor) -> Logits:
-    model.eval()
-    with torch.no_grad():
-        return np.concatenate([model(part).numpy() for part in pixels.split(_BATCH)])
-
-
-def _rounding(model: nn.Module, pixels: Tensor, single: Logits) -> float:
-    """Largest difference of the logits in float32, ``single``, from those in float64, relative to the largest."""
-    exact = _logits(copy.deepcopy(model).double(), pixels.double())
-    return float(np.abs(single - exact).max() / np.abs(exact).max())
+def _fixed_decisions(report: FoldReport) -> list[Finding]:
+    """What stays whole is recorded as it ran once: what it decides by values is fixed in the graph."""
+    return [
+        Finding(
+            "structure",
+            "note",
+            fold.where,
+            f"stays whole and is written as it ran once; what it decides by values is fixed ({fold.reason})",
+        )
+        for fold in report.skipped
+        if fold.kind == "structure"
+    ]
 
 
 def _folds(folds: Sequence[Fold]) -> tuple[FoldEntry, ...]:

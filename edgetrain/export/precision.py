@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from edgetrain.export.graph import INPUT, missing
 if TYPE_CHECKING:
     from onnx import ModelProto
 
+Precision = Literal["fp32", "fp16", "int8"]
 CALIBRATION_BATCH = 32
 _WEIGHTED = ["Conv", "ConvTranspose", "Gemm", "MatMul"]
 

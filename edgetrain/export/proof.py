@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgetrain.export.images import ImageSet
+from edgetrain.export.precision import Precision
 from edgetrain.export.verify import (
     BOUNDS,
     REFERENCE,
@@ -15,7 +16,6 @@ from edgetrain.export.verify import (
     RUNTIME,
     Comparison,
     Logits,
-    Precision,
     check,
     compare,
     open_session,

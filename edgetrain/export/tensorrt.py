@@ -26,12 +26,13 @@ from edgetrain.export.engines.builders import Builder, Capability, choose_builde
 from edgetrain.export.engines.command import build_commands
 from edgetrain.export.engines.configure import Order, check_precision, configuration
 from edgetrain.export.engines.device import target_for
-from edgetrain.export.engines.graph import EnginePrecision, bytes_sha256, read_graph
+from edgetrain.export.engines.graph import bytes_sha256, read_graph
 from edgetrain.export.engines.limits import check_fits, limits_for
 from edgetrain.export.engines.log import BuildLog, build_log, last_errors
 from edgetrain.export.engines.parsing import is_typed, network_of, weight_names
 from edgetrain.export.engines.report import EngineReport, write_engine
 from edgetrain.export.engines.timing import TimingCache
+from edgetrain.export.precision import Precision
 from edgetrain.units import parse_size
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def build_engine(
     engine: str | Path,
     *,
     device: str | Path | Profile | None = None,
-    precision: EnginePrecision = "fp32",
+    precision: Precision = "fp32",
     batch: int | tuple[int, int, int] | None = None,
     budget: str | int | None = None,
     compute_capability: str | Capability | None = None,

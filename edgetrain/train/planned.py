@@ -55,7 +55,7 @@ def planned(
         model,
         input_shape=input_shape,
         batch_size=recipe.batch_size,
-        optimizer=recipe.optimizer,
+        optimizer=recipe.optimizer_for(model),
         update_in_backward=update_in_backward,
         noise=None if sample is None else measure_noise(model, sample),
     )

@@ -10,7 +10,8 @@ scales a and b of a Dirac weight, which it would pull to zero, where the layer e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+import functools
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,10 @@ class Recipe:
             weight_decay=self.weight_decay,
             fused=True,
         )
+
+    def optimizer_for(self, model: nn.Module) -> Callable[..., torch.optim.SGD]:
+        """:meth:`optimizer` for parameters of ``model``, in the groups that its modules ask for."""
+        return functools.partial(self.optimizer, undecayed=undecayed_parameters(model))
 
 
 def undecayed_parameters(model: nn.Module) -> frozenset[nn.Parameter]:

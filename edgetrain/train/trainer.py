@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import json
 import math
@@ -25,7 +24,7 @@ from edgetrain.files import write_atomically
 from edgetrain.planner import Plan
 from edgetrain.runtime import wrap
 from edgetrain.train.checkpoint import save_checkpoint
-from edgetrain.train.recipe import Recipe, undecayed_parameters
+from edgetrain.train.recipe import Recipe
 from edgetrain.train.run_record import RunRecord
 
 Batch = tuple[Tensor, Tensor]
@@ -133,7 +132,7 @@ class Trainer:
         self.device = torch.device(device)
         self.history: list[EpochRecord] = []
         self._on_step = on_step
-        make_optimizer = functools.partial(self.recipe.optimizer, undecayed=undecayed_parameters(self.model))
+        make_optimizer = self.recipe.optimizer_for(self.model)
         self._net = wrap(model, plan, optimizer=make_optimizer)
         # those of the blocks, which the plan steps in the backward pass, or one that steps after it
         self._optimizers: list[torch.optim.Optimizer] = list(self._net.optimizers.values())

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -24,6 +26,11 @@ def net(num_classes, in_channels):
     torch.manual_seed(5)
     return torch.nn.Sequential(torch.nn.Conv2d(in_channels, 8, 3, padding=1), torch.nn.BatchNorm2d(8), torch.nn.ReLU(),
                                torch.nn.AdaptiveMaxPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, num_classes))
+class Fourier(torch.nn.Sequential):
+    def forward(self, x):
+        return torch.fft.fft2(super().forward(x)).abs().mean((2, 3))
+def fourier(num_classes, in_channels):
+    return Fourier(torch.nn.Conv2d(in_channels, num_classes, 1))
 """
 AMPERE = """
 name = "ampere"
@@ -111,6 +118,14 @@ def test_a_person_reads_the_steps(capfd: pytest.CaptureFixture[str]):
     assert out.endswith("certificate: nano.certificate.json\n")
 
 
+def test_out_may_be_a_folder(capfd: pytest.CaptureFixture[str]):
+    Path("with.dot").mkdir()
+    for folder in ("new", "with.dot"):
+        document = json.loads(said(capfd, "export", "run", "--images", "4", "--out", folder, "--json"))
+        assert document["path"] == f"{folder}/model.onnx"
+        assert sorted(path.name for path in Path(folder).iterdir()) == ["model.certificate.json", "model.onnx"]
+
+
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_other_precisions_say_what_they_cost(precision: str, capfd: pytest.CaptureFixture[str], folder: Path):
     out = said(capfd, "export", "run", "--precision", precision, "--images", "40", "--json")
@@ -151,11 +166,28 @@ def test_infer_names_classes(capfd: pytest.CaptureFixture[str]):
         assert prediction["probability"] == max(prediction["probabilities"])
 
 
+@pytest.mark.parametrize(
+    ("inputs", "operator", "shape"), [("ab", "Add", ["n", 1, 8, 8]), ("a", "Relu", ["n", 1, 8, 8])], ids=["two", "map"]
+)
+def test_a_graph_that_classifies_no_images(
+    inputs: str, operator: str, shape: list[str | int], capfd: pytest.CaptureFixture[str], tmp_path: Path
+):
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in (*inputs, "answer")]
+    node = onnx.helper.make_node(operator, list(inputs), ["answer"])
+    graph = onnx.helper.make_graph([node], "g", values[:-1], values[-1:])
+    opset = onnx.helper.make_opsetid("", 17)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8), str(tmp_path / "g.onnx"))
+    assert run(["infer", str(tmp_path / "g.onnx"), "photos"]) == 8
+    assert "logits (n, classes)" in capfd.readouterr().err
+
+
 def test_a_device_without_a_builder_here_gets_the_graph_and_the_command(capfd: pytest.CaptureFixture[str]):
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'edgetrain[tensorrt]'")
     command = "export run --format tensorrt --device nano-4gb --images 8 --out nano/net.engine"
     assert run(command.split()) == 8
-    assert "trtexec --onnx=net.onnx --saveEngine=net.engine" in capfd.readouterr().err
+    paragraph, trtexec = capfd.readouterr().err.splitlines()  # JetPack 4 has no Python for edgetrain
+    assert paragraph.endswith("To do: build it on the device:")
+    assert shlex.split(trtexec)[1:3] == ["--onnx=net.onnx", "--saveEngine=net.engine"]
     assert sorted(path.name for path in Path("nano").iterdir()) == ["net.certificate.json", "net.onnx"]
 
 
@@ -181,11 +213,17 @@ def test_an_engine_completes_the_certificate(capfd: pytest.CaptureFixture[str]):
         ("export run --model resnet20", 2, "both"),
         ("export run --format onx", 2, "onnx"),
         ("export run --refit old.engine", 2, "--format tensorrt"),
+        ("export run --format tensorrt --refit old.engine --refittable", 2, "one of them"),
+        ("export run --format tensorrt --out net.onnx", 2, "pass --out net.engine"),
+        ("export run --out net.engine", 2, "pass --out net.onnx"),
         ("export run --precision fp8", 2, "fp32"),
         ("export run --device orin-nano", 2, "orin-nano-8gb"),
         ("export photos", 7, "run.json"),
         ("export --model no_such_net", 2, "zoo"),
+        ("export run --format tensorrt", 2, "--device orin-nano-8gb"),
+        ("export --model export_models:fourier --device nano-4gb", 8, "fft_fft2"),
         ("infer none.onnx photos", 7, "does not exist"),
+        ("infer run photos", 7, "run is a folder"),
         ("infer export_models.py photos", 8, "refuses"),
         ("infer infer.onnx nowhere", 4, "nowhere"),
         ("infer infer.onnx run", 4, "no image"),

@@ -93,6 +93,19 @@ class CalledTwice(nn.Module):
         return self.norm(self.conv(self.conv(x).relu()))
 
 
+class Keywords(nn.Module):
+    """Layers called with their input by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.BatchNorm2d(4), nn.BatchNorm2d(6), nn.BatchNorm2d(6)
+        self.conv, self.drop, self.act = nn.Conv2d(4, 6, 3), nn.Dropout(0.5), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(input=self.conv(input=self.first(input=x)))
+        return self.last(input=self.act(input=self.drop(input=y)))
+
+
 class DataDependent(nn.Module):
     """What is computed depends on the values; inside it a sequence that is called as a whole."""
 

@@ -18,13 +18,22 @@ import onnxruntime
 import pytest
 import torch
 from small_graphs import Tensorrt82, write_graph
+from small_network import small_network
 
 import edgetrain
 from edgetrain.errors import ExportError, ModelError
-from edgetrain.export import read_report, refit_engine, run_engine
+from edgetrain.export import (
+    Certificate,
+    Export,
+    ImageSet,
+    engine_step,
+    read_report,
+    refit_engine,
+    run_engine,
+)
 from edgetrain.export.engines import builders, loading
 from edgetrain.export.engines import run as run_module
-from edgetrain.export.engines.graph import file_sha256
+from edgetrain.files import file_sha256
 
 
 class Tensorrt10(Tensorrt82):
@@ -155,6 +164,73 @@ def test_a_refitted_engine_has_the_new_weights_and_says_so(graph: Path, trt: Ten
     comparison = run_engine(updated.path, torch.randn(4, 3, 32, 32), onnx=new).comparison
     assert comparison is not None
     assert comparison.max_difference < 1e-6
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Export:
+    """A network for a device whose GPU the stand-in has."""
+    model = small_network(classes=10)
+    images = torch.rand((6, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    return edgetrain.export_onnx(model, tmp_path / "net.onnx", input_shape=(3, 8, 8), images=images, device="xavier-nx")
+
+
+def shown(labels: torch.Tensor | None = None) -> ImageSet:
+    pixels = torch.rand((6, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    return ImageSet(pixels, tuple("abcdef"), "a test", labels)
+
+
+@pytest.fixture
+def beside(exported: Export, trt: Tensorrt10, monkeypatch: pytest.MonkeyPatch) -> Tensorrt10:
+    """The stand-in beside the GPU of that device; its engines answer as that network."""
+    trt.gives = str(exported.path).encode()
+    for place in (builders, loading, engine_step):
+        monkeypatch.setattr(place, "cuda_capability", lambda: (7, 2))
+    return trt
+
+
+def test_an_engine_that_was_run_is_in_the_certificate(exported: Export, beside: Tensorrt10, tmp_path: Path) -> None:
+    labels = torch.arange(6)
+    report, certificate = engine_step.engine_of(
+        exported, tmp_path / "net.engine", batch=4, refittable=True, images=shown(labels)
+    )
+    assert read_report(tmp_path / "net.engine") == report
+    step = certificate.steps[-1]
+    assert (step.before, step.after, step.evaluator) == ("fp32 ONNX", "engine", "tensorrt 10.3.0")
+    assert (step.images, step.top1_agreement, step.accuracy_before) == (6, 1.0, step.accuracy_after)
+    assert Certificate.from_json((tmp_path / "net.certificate.json").read_bytes()) == certificate
+    assert certificate.engine is not None
+    assert certificate.engine.name == "net.engine"
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_an_engine_that_disagrees_never_gets_its_name(
+    again: bool, exported: Export, beside: Tensorrt10, tmp_path: Path
+) -> None:
+    """What stands there already, and its report, stay as they were."""
+    path = tmp_path / "net.engine"
+    old = engine_step.engine_of(exported, path, batch=4, refittable=True, images=shown())[0] if again else None
+    other = small_network(classes=10)
+    torch.nn.init.ones_(other.classifier.weight)
+    wrong = edgetrain.export_onnx(other, tmp_path / "wrong.onnx", input_shape=(3, 8, 8))
+    beside.gives = str(wrong.path).encode()
+    with pytest.raises(ExportError, match="engine in tensorrt"):
+        engine_step.engine_of(exported, path, batch=4, refittable=True, images=shown())
+    assert not list(tmp_path.glob(".*"))
+    assert path.exists() == again
+    if old is not None:
+        assert read_report(path) == old
+
+
+def test_a_refitted_engine_may_have_another_name(exported: Export, beside: Tensorrt10, tmp_path: Path) -> None:
+    old = engine_step.engine_of(exported, tmp_path / "net.engine", batch=4, refittable=True)[0]
+    model = small_network(classes=10)
+    torch.nn.init.ones_(model.classifier.weight)
+    newer = edgetrain.export_onnx(model, tmp_path / "newer.onnx", input_shape=(3, 8, 8), device="xavier-nx")
+    report, certificate = engine_step.refitted(newer, tmp_path / "net.engine", tmp_path / "newer.engine", shown())
+    assert read_report(tmp_path / "net.engine") == old
+    assert read_report(tmp_path / "newer.engine") == report
+    assert report.onnx == "newer.onnx"
+    assert certificate.steps[-1].max_difference < 1e-6
 
 
 def test_a_weight_that_is_missing_is_named(graph: Path, trt: Tensorrt10, tmp_path: Path) -> None:

@@ -15,14 +15,15 @@ from edgetrain.errors import EdgetrainError, ExportError
 from edgetrain.export import EngineReport, engine_weight_names, read_report
 from edgetrain.export.engines.builders import cuda_capability, installed_builder
 from edgetrain.export.engines.command import TRTEXEC
-from edgetrain.export.engines.graph import EnginePrecision, file_sha256
 from edgetrain.export.engines.log import build_log
 from edgetrain.export.engines.report import report_path
+from edgetrain.export.precision import Precision
+from edgetrain.files import file_sha256
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'edgetrain[tensorrt]'")
 
 RESNET20_PARAMETERS = 0.27e6  # He et al. 2015, table 6
-PRECISIONS: tuple[EnginePrecision, ...] = ("fp32", "fp16", "int8")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +195,7 @@ def test_an_engine_is_not_run_without_a_gpu(reports: dict[str, EngineReport]) ->
         edgetrain.export.run_engine(reports["fp32"].path, torch.rand(8, 3, 32, 32))
 
 
-def _built_here(graph: Path, precision: EnginePrecision = "fp32", *, refit: bool = False) -> EngineReport:
+def _built_here(graph: Path, precision: Precision = "fp32", *, refit: bool = False) -> EngineReport:
     """An engine for this machine's own GPU."""
     builder, here = installed_builder("tensorrt_rtx"), cuda_capability()
     assert builder is not None
@@ -208,7 +209,7 @@ def _built_here(graph: Path, precision: EnginePrecision = "fp32", *, refit: bool
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_an_engine_answers_as_its_graph(tmp_path: Path, precision: EnginePrecision) -> None:
+def test_an_engine_answers_as_its_graph(tmp_path: Path, precision: Precision) -> None:
     graph = write_variant("resnet20", precision, tmp_path)
     report = _built_here(graph, precision)
     images = torch.randn(10, 3, 32, 32, generator=torch.Generator().manual_seed(2))  # pieces of 4, 4 and 2

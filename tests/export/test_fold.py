@@ -14,6 +14,7 @@ from fold_networks import (
     Factor,
     InPlace,
     IntoAView,
+    Keywords,
     Normalised,
     Residual,
     TwoConvolutions,
@@ -312,6 +313,12 @@ def test_input_normalisation_keeps_its_subtraction_before_zero_padding() -> None
     assert operations(plain) == {"sub": 1, "Conv2d": 1}
     (reason,) = kept(plain, "input normalisation")
     assert reason == "it follows the input; conv pads with zeros, which the shift would change"
+
+
+def test_layers_may_be_called_with_their_input_by_name() -> None:
+    plain = folded(Keywords(), (2, 4, 7, 7))
+    assert (done(plain, "batch norm"), done(plain, "identity")) == (2, 1)
+    assert operations(plain) == {"Conv2d": 1, "ReLU": 1, "BatchNorm2d": 1}
 
 
 def test_operations_in_place_keep_their_meaning() -> None:

@@ -8,10 +8,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from fold_networks import DataDependent
 from onnx import numpy_helper
+from torch import Tensor, nn
 
 import edgetrain
-from edgetrain.errors import ExportError
+from edgetrain.errors import ExportError, ModelError
 from edgetrain.export.graph import write_graph
 
 
@@ -59,3 +61,40 @@ def test_a_graph_that_disagrees_gets_no_name(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(ExportError, match=r"fp32 ONNX in ONNX Runtime .* no file was written"):
         edgetrain.export_onnx(edgetrain.create_model("hybrid18", width=8), tmp_path / "m.onnx", input_shape=(3, 16, 16))
     assert list(tmp_path.iterdir()) == []
+
+
+class Both(nn.Module):
+    """Logits and features."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.mean((2, 3)), x
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "message"),
+    [
+        (Both(), (3, 8, 8), "a network that gives tuple for 4 images"),
+        (nn.Conv2d(3, 4, 3), (3, 8, 8), r"gives \(4, 4, 6, 6\) for 4 images.*logits"),
+        (nn.Conv2d(1, 4, 3), (3, 8, 8), "fails on images of 3x8x8.*channels"),
+        (edgetrain.create_model("revnet18"), (3, 12, 12), "even height and width"),
+    ],
+)
+def test_a_network_that_classifies_no_images(
+    model: nn.Module, shape: tuple[int, int, int], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        edgetrain.export_onnx(model, tmp_path / "m.onnx", input_shape=shape)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_decision_by_values_is_noted(tmp_path: Path) -> None:
+    """The graph has one branch; that it is the right one for other images, nothing here can know."""
+    torch.manual_seed(0)
+    model = nn.Sequential(DataDependent(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    exported = edgetrain.export_onnx(model, tmp_path / "m.onnx", input_shape=(4, 8, 8))
+    ((rule, node, reason),) = [(f.rule, f.node, f.reason) for f in exported.certificate.findings]
+    assert (rule, node) == ("structure", "0")
+    assert "is written as it ran once" in reason
+    images = torch.cat([torch.rand(64, 4, 8, 8), torch.rand(64, 4, 8, 8) - 1])  # both branches, by batches of 64
+    with pytest.raises(ExportError, match="differs from folded module"):
+        edgetrain.export_onnx(model, tmp_path / "m.onnx", input_shape=(4, 8, 8), images=images)

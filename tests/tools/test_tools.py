@@ -111,3 +111,10 @@ def test_estimate_speed() -> None:
     assert rows[0]["label"] == "import torch"
     assert all(row["seconds"] > 0 for row in rows)
     assert rows[-1]["process_peak_bytes"] >= rows[-1]["imported_bytes"] > 0
+
+
+@pytest.mark.slow
+def test_coupling_folds() -> None:
+    rows = run("coupling_folds.py", "--stages", "1", "--rounds", "3")["rows"]
+    assert [row["way"] for row in rows] == ["joined", "halves", "factors", "carried", "delta"]
+    assert all(row["max_difference"] < 1e-12 and row["latency_ms"] > 0 for row in rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 import edgetrain
 from edgetrain.nn import DiracConv2d, dirac_projection_
-from edgetrain.train import Recipe, Trainer, undecayed_parameters
+from edgetrain.train import Recipe, Trainer, planned, undecayed_parameters
 
 
 def network() -> nn.Sequential:
@@ -48,6 +49,20 @@ def test_groups() -> None:
     assert decayed(optimizer, model) == found
     assert [g["momentum"] for g in optimizer.param_groups] == pytest.approx([0, 0, 0.1, 0.1, 0.2, 0.2, 0.3])
     assert len(Recipe().optimizer(model.parameters()).param_groups) == 1
+
+
+def test_a_plan_is_made_with_the_optimiser_of_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[nn.Module, dict[str, float]]] = []
+
+    def planner(model: nn.Module, **options: Any) -> None:
+        made.append((model, decayed(options["optimizer"](model.parameters()), model)))
+        raise StopIteration
+
+    monkeypatch.setattr(planned, "Planner", planner)
+    with pytest.raises(StopIteration):
+        planned.planned(network, input_shape=(1, 6, 6), recipe=Recipe(batch_size=4), budget_bytes=None)
+    ((model, found),) = made
+    assert {name for name, decay in found.items() if decay == 0.0} == scales(model) != set()
 
 
 @pytest.mark.parametrize("update_in_backward", [False, True])

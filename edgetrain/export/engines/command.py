@@ -8,14 +8,15 @@ the release named in the device's profile decides which are printed.
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgetrain.export.engines.batch import Batch, shape_at
-from edgetrain.export.engines.graph import EnginePrecision, Graph
+from edgetrain.export.engines.graph import Graph
 from edgetrain.export.engines.limits import Limits, own_budget_bytes
+from edgetrain.export.precision import Precision
+from edgetrain.export.tensorrt_operators import parse_version
 from edgetrain.units import MIB
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def trtexec_command(
     graph: Graph,
     engine: Path,
     *,
-    precision: EnginePrecision,
+    precision: Precision,
     batch: Batch | None,
     limits: Limits,
     profile: Profile | None = None,
@@ -68,7 +69,7 @@ def build_commands(
     engine: Path,
     *,
     profile: Profile | None,
-    precision: EnginePrecision,
+    precision: Precision,
     batch: Batch | None,
     limits: Limits,
     refit: bool,
@@ -112,5 +113,4 @@ def quoted(text: str) -> str:
 def _release(profile: Profile | None) -> tuple[int, int]:
     """Major and minor of the device's TensorRT; 10.0 where the profile names none."""
     named = None if profile is None else profile.software.tensorrt
-    match = None if named is None else re.match(r"(\d+)\.(\d+)", named.value)
-    return (10, 0) if match is None else (int(match[1]), int(match[2]))
+    return (10, 0) if named is None else parse_version(named.value)

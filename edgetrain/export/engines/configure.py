@@ -14,10 +14,11 @@ from edgetrain.errors import ExportError
 from edgetrain.export.engines.batch import Batch, add_batch
 from edgetrain.export.engines.builders import Builder
 from edgetrain.export.engines.device import Target
-from edgetrain.export.engines.graph import EnginePrecision, Graph
+from edgetrain.export.engines.graph import Graph
 from edgetrain.export.engines.limits import Limits, set_limits
 from edgetrain.export.engines.parsing import is_typed
 from edgetrain.export.engines.timing import TimingCache
+from edgetrain.export.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Order:
     graph: Graph
     engine: Path
     target: Target
-    precision: EnginePrecision
+    precision: Precision
     batch: Batch | None
     limits: Limits
     refit: bool

@@ -63,7 +63,8 @@ def target_for(device: str | Path | Profile | None, compute_capability: str | Ca
         raise UsageError(
             found="no device is named" if profile is None else f"profile {profile.name} names no compute capability",
             expected="one, as this machine has no CUDA device to ask",
-            action='pass device="orin-nano-8gb" or another profile, or compute_capability="8.6"',
+            action="name a profile that edgetrain devices lists, such as --device orin-nano-8gb, or in Python a "
+            "compute_capability",
         )
     if profile is None or own is None or wanted == own:
         return Target(wanted, profile)

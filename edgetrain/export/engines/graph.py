@@ -12,11 +12,13 @@ import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from edgetrain.errors import ExportError, MissingExtraError
+from edgetrain.errors import ExportError
+from edgetrain.export.graph import missing
+from edgetrain.export.precision import Precision
+from edgetrain.files import file_sha256
 
-EnginePrecision = Literal["fp32", "fp16", "int8"]
 _QUANTISING = ("QuantizeLinear", "DequantizeLinear")
 
 
@@ -57,7 +59,7 @@ class Graph:
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     nodes: tuple[Node, ...]
-    precision: EnginePrecision
+    precision: Precision
     weight_names: tuple[str, ...]
     weight_bytes: int
     sha256: str
@@ -75,9 +77,7 @@ def read_graph(path: str | Path) -> Graph:
         import onnx
         from google.protobuf.message import DecodeError
     except ImportError as error:
-        raise MissingExtraError(
-            found="the package onnx is not installed", expected="it, to read a graph", action="run pip install onnx"
-        ) from error
+        raise missing("onnx") from error
     path = Path(path)
     try:
         model = onnx.load(str(path), load_external_data=False)
@@ -109,21 +109,12 @@ def read_graph(path: str | Path) -> Graph:
     )
 
 
-def file_sha256(path: Path) -> str:
-    """Digest of a file's bytes."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def bytes_sha256(content: bytes) -> str:
     """Digest of bytes in memory."""
     return hashlib.sha256(content).hexdigest()
 
 
-def _precision(graph: Any) -> EnginePrecision:
+def _precision(graph: Any) -> Precision:
     from onnx import TensorProto
 
     if any(node.op_type in _QUANTISING for node in graph.node):

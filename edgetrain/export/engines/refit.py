@@ -80,7 +80,7 @@ def check_refit(report: EngineReport, graph: Graph) -> None:
         raise ExportError(
             found=f"{report.path.name} was built without refit",
             expected="an engine that takes new weights",
-            action="build it once more with refit=True",
+            action="build it once more with refit=True, or edgetrain export --refittable",
         )
     if graph.structure_sha256 != report.structure_sha256:
         raise ExportError(

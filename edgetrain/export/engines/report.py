@@ -15,8 +15,9 @@ from typing import Any
 from edgetrain.errors import StorageError
 from edgetrain.export.engines.batch import Batch
 from edgetrain.export.engines.builders import Capability, capability_text
-from edgetrain.export.engines.graph import EnginePrecision, TensorInfo, file_sha256
-from edgetrain.files import write_atomically
+from edgetrain.export.engines.graph import TensorInfo
+from edgetrain.export.precision import Precision
+from edgetrain.files import file_sha256, write_atomically
 from edgetrain.units import format_mib
 
 FORMAT_VERSION = 1
@@ -53,7 +54,7 @@ class EngineReport:
     version: str
     device: str | None
     compute_capability: Capability
-    precision: EnginePrecision
+    precision: Precision
     batch: Batch | None
     workspace_limit_bytes: int | None
     activation_bytes: int | None

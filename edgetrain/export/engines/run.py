@@ -12,33 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgetrain.errors import ExportError, MissingExtraError, ModelError
+from edgetrain.errors import ExportError, ModelError
 from edgetrain.export.engines.builders import Builder
 from edgetrain.export.engines.command import TRTEXEC, python_command, quoted
 from edgetrain.export.engines.loading import load_engine, loadable
 from edgetrain.export.engines.log import build_log
 from edgetrain.export.engines.report import EngineReport, read_report
+from edgetrain.export.images import ImageSet, as_image_set
+from edgetrain.export.proof import GRAPH
+from edgetrain.export.verify import BOUNDS, Comparison, compare, open_session, run_session
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
 _DEVICE = "cuda"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How an engine's logits compare with ONNX Runtime's on the same images.
-
-    Attributes:
-        max_difference: largest absolute difference, relative to the largest logit; mean_difference: the mean one.
-        top1_agreement: part of the images with the same class, 0..1.
-    """
-
-    images: int
-    max_difference: float
-    mean_difference: float
-    top1_agreement: float
+ENGINE_BOUNDS = BOUNDS | {"fp32": 1e-3}
+"""Largest accepted difference by precision: an engine's kernels may transform a convolution (Winograd), which rounds
+more than another order of the sums."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +66,10 @@ def run_engine(path: str | Path, images: Tensor, *, onnx: str | Path | None = No
     builder = loadable(report, command=python_command(call))
     _check_images(report, images)
     logits, seconds = _passes(builder, report, images)
-    return EngineRun(logits, seconds, None if onnx is None else _compare(logits.numpy(), onnx, images))
+    if onnx is None:
+        return EngineRun(logits, seconds, None)
+    shown = as_image_set(images, (images.shape[1], images.shape[2], images.shape[3]))
+    return EngineRun(logits, seconds, compare_engine(report, logits, shown, onnx=onnx))
 
 
 def _check_images(report: EngineReport, images: Tensor) -> None:
@@ -149,27 +142,19 @@ def _torch_type(builder: Builder, engine: Any, name: str) -> Any:
     return torch.float16 if engine.get_tensor_dtype(name) == builder.module.DataType.HALF else torch.float32
 
 
-def _compare(logits: np.ndarray, onnx: str | Path, images: Tensor) -> Comparison:
-    import numpy as np
+def compare_engine(report: EngineReport, logits: Tensor, images: ImageSet, *, onnx: str | Path) -> Comparison:
+    """An engine's ``logits`` of ``images`` against those of its graph in ONNX Runtime.
 
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingExtraError(
-            found="the package onnxruntime is not installed",
-            expected="it, to compare with",
-            action="run pip install onnxruntime, or leave out the graph",
-        ) from error
-    session = onnxruntime.InferenceSession(str(onnx), providers=["CPUExecutionProvider"])
-    (given,) = session.get_inputs()
-    taken = images.numpy().astype(np.float16 if given.type == "tensor(float16)" else np.float32)
-    size = given.shape[0] if isinstance(given.shape[0], int) else len(taken)
-    parts = [session.run(None, {given.name: taken[k : k + size]})[0] for k in range(0, len(taken), size)]
-    expected = np.concatenate(parts).astype(np.float32)
-    difference = np.abs(logits - expected) / (float(np.abs(expected).max()) or 1.0)
-    return Comparison(
-        images=len(taken),
-        max_difference=float(difference.max()),
-        mean_difference=float(difference.mean()),
-        top1_agreement=float((logits.argmax(1) == expected.argmax(1)).mean()),
+    Raises:
+        ExportError: ONNX Runtime refuses the graph.
+        MissingExtraError: onnxruntime is not installed.
+    """
+    return compare(
+        run_session(open_session(onnx), images.pixels.numpy()),
+        logits.numpy(),
+        before=f"{report.precision} {GRAPH}",
+        after="engine",
+        evaluator=f"{report.builder} {report.version}",
+        bound=ENGINE_BOUNDS[report.precision],
+        labels=None if images.labels is None else images.labels.numpy(),
     )

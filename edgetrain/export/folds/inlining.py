@@ -55,6 +55,8 @@ class Inliner:
         self.graph.output(substitute(self._call("", root, (x,), {}), self._now))
 
     def _call(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if is_layer(module):
+            args, kwargs = _positional(module, args, kwargs)
         if path and _is_identity(module):
             self.done.append(Fold("identity", path, f"{type(module).__name__} does nothing in evaluation mode"))
             return args[0]
@@ -73,7 +75,7 @@ class Inliner:
             self.root, path = nn.ModuleDict({"network": module}), "network"
         overwrites = getattr(module, "inplace", False) is True
         if overwrites:
-            operand = next(iter((*args, *kwargs.values())))
+            operand = args[0]
             self._check_alone(operand, path)
             module.inplace = False  # type: ignore[assignment]
         node = self.graph.call_module(path, *substitute((args, dict(kwargs)), self._now))
@@ -159,6 +161,14 @@ def _is_off(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     bound = inspect.signature(op.target).bind(*args, **kwargs)
     bound.apply_defaults()
     return bound.arguments.get("training") is False
+
+
+def _positional(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """The arguments of a layer in the order of its ``forward``: the folds look for its input in the first place."""
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    return bound.args, bound.kwargs
 
 
 def _is_identity(module: nn.Module) -> bool:
