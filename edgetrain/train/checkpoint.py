@@ -155,7 +155,7 @@ def _load_tensors(file: TensorFile, model: nn.Module) -> None:
                 file, f"{name} is {file.shape(name)} {file.dtype(name)}, not {tuple(place.shape)} {place.dtype}"
             )
     for name, place in places.items():
-        place.copy_(file.tensor(name))
+        file.copy_to(name, place)
 
 
 @torch.no_grad()
@@ -170,8 +170,8 @@ def _load_optimizer(
         for key in file.names(_OPTIMIZER):
             if _is_key(key, prefix):
                 value = file.tensor(_OPTIMIZER + key)
-                if value.shape == parameter.shape and value.dtype == parameter.dtype:
-                    value = torch.empty_like(parameter).copy_(value)  # with its strides
+                if value.shape == parameter.shape and value.stride() != parameter.stride():
+                    value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)  # with its strides
                 state[key[len(prefix) :]] = value
         if state:
             states[index] = state

@@ -135,9 +135,23 @@ class TensorFile:
             StorageError: the file was cut since it was opened.
         """
         tensor = torch.empty(self.shape(name), dtype=self.dtype(name))
+        self._read(name, _bytes_of(tensor))
+        return tensor
+
+    def copy_to(self, name: str, place: Tensor) -> None:
+        """Puts the tensor ``name`` into ``place``, of its shape and type; without a copy where that is possible.
+
+        Raises:
+            StorageError: as :meth:`tensor`.
+        """
+        if place.is_cpu and place.is_contiguous():
+            self._read(name, _bytes_of(place.detach()))
+        else:
+            place.copy_(self.tensor(name))
+
+    def _read(self, name: str, rest: memoryview) -> None:
         with self.path.open("rb", buffering=0) as file:
             file.seek(self._start + self._header[name]["data_offsets"][0])
-            rest = _bytes_of(tensor)
             while len(rest):
                 count = file.readinto(rest)
                 if not count:
@@ -147,7 +161,6 @@ class TensorFile:
                         action="name another checkpoint",
                     )
                 rest = rest[count:]
-        return tensor
 
 
 def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
