@@ -14,7 +14,7 @@ PROGRAM = Path(__file__).with_name("kill_runs.py")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("kills", [8, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(kills: int, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(PROGRAM), str(tmp_path), str(kills), "0"], capture_output=True, text=True, timeout=600
