@@ -11,8 +11,13 @@ from pathlib import Path
 from edgetrain.errors import StorageError
 
 
-def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
+def write_atomically(
+    path: Path, content: bytes | Iterable[bytes | memoryview], *, previous: Path | None = None
+) -> None:
     """Writes ``content``, in one piece or several, to ``path``: a reader sees the old file or the new one.
+
+    Args:
+        previous: in the same folder; gets what was at ``path``, once the new file is whole on the disk.
 
     Raises:
         StorageError: the disk is full or refuses; what was there before is still there.
@@ -25,6 +30,8 @@ def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview]) 
                 file.write(piece)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None:
+            _keep(path, previous)
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -49,3 +56,18 @@ def file_sha256(path: Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """Gives ``path`` the further name ``previous``; a file system without links (FAT) moves it."""
+    if not path.exists():
+        return
+    link = previous.with_name(f".{previous.name}.partial")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)
+    except OSError:
+        os.replace(path, previous)
+    else:
+        os.replace(link, previous)
+        link.unlink(missing_ok=True)  # a rename onto another name of the same file does nothing

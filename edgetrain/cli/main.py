@@ -1,7 +1,8 @@
 """``edgetrain``: the command line. Results go to stdout, progress and errors to stderr.
 
 Exit codes: 0 done; 1 an error without a class of its own; 2 wrong usage; 3 model and input do not fit; 4 data;
-5 memory budget; 6 training cannot go on; 7 storage; 8 export; 9 a package is missing; 130 Ctrl-C.
+5 memory budget; 6 training cannot go on; 7 storage; 8 export; 9 a package is missing; 130 Ctrl-C;
+143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from edgetrain.cli.export import export
 from edgetrain.cli.infer import infer
 from edgetrain.cli.plan import plan
 from edgetrain.cli.report import report
+from edgetrain.cli.resume import resume
 from edgetrain.cli.train import train
 from edgetrain.errors import BudgetError, EdgetrainError, StorageError, UsageError
 
@@ -32,9 +34,10 @@ app = typer.Typer(
     help="Train convolutional networks inside a hard memory cap.",
     pretty_exceptions_enable=False,
 )
-_COMMANDS = ("demo", "train", "plan", "estimate", "report", "export", "infer", "devices", "calibrate")
+_COMMANDS = ("demo", "train", "resume", "plan", "estimate", "report", "export", "infer", "devices", "calibrate")
 app.command()(demo)
 app.command()(train)
+app.command()(resume)
 app.command()(plan)
 app.command()(estimate)
 app.command()(report)

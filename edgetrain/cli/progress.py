@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from edgetrain.targets import Target
-from edgetrain.train import StepRecord
+from edgetrain.train import Callback, StepRecord
 from edgetrain.units import MIB
 
 
-class TrainingProgress:
-    """A bar on stderr; silent where ``quiet``.
+class TrainingProgress(Callback):
+    """A bar on stderr, and a line where the run waits; silent where ``quiet``.
 
     Args:
         budget_bytes: shown beside the memory, None for no cap.
@@ -33,6 +34,7 @@ class TrainingProgress:
             disable=quiet,
         )
         self._task: TaskID | None = None
+        self._target: Target | None = None
 
     def __enter__(self) -> TrainingProgress:
         self._progress.start()
@@ -43,15 +45,26 @@ class TrainingProgress:
     ) -> None:
         self._progress.stop()
 
-    def step(self, record: StepRecord, target: Target) -> None:
+    def watching(self, target: Target) -> TrainingProgress:
+        """This, with the memory of ``target``."""
+        self._target = target
+        return self
+
+    def on_wait(self, reason: str | None) -> None:
+        """Says that the run waits, and that it goes on."""
+        if not self._progress.disable:
+            self._progress.console.print("goes on" if reason is None else f"waiting: {reason}", highlight=False)
+
+    def on_step(self, record: StepRecord) -> None:
         """Shows one step."""
-        fields = {
+        now, peak = (0, 0) if self._target is None else (self._target.current_bytes(), self._target.peak_bytes())
+        fields: dict[str, Any] = {
             "epoch": f"{record.epoch}/{record.epochs}",
             "loss": record.loss,
             "accuracy": record.accuracy,
             "rate": record.images_per_second,
-            "now": target.current_bytes() / MIB,
-            "peak": target.peak_bytes() / MIB,
+            "now": now / MIB,
+            "peak": peak / MIB,
             "budget": self._budget,
         }
         total, done = record.epochs * record.steps, (record.epoch - 1) * record.steps + record.step

@@ -19,8 +19,16 @@ if TYPE_CHECKING:
     from torch import nn
 
     from edgetrain.planner import Plan
+    from edgetrain.train.run_record import RunRecord
 
 PLANNED = "planned"
+CheckpointEvery = Annotated[
+    int | None, typer.Option(min=1, help="Save after that many steps too, not only after each epoch.")
+]
+PauseFile = Annotated[Path | None, typer.Option(help="While this file exists the run waits between steps.")]
+MaxTemp = Annotated[
+    float | None, typer.Option(help="Degrees Celsius; while the hottest thermal zone is above the run waits.")
+]
 
 
 def train(
@@ -56,6 +64,9 @@ def train(
     limit_train: Annotated[int | None, typer.Option(min=1, help="Use that many training images.")] = None,
     limit_test: Annotated[int | None, typer.Option(min=1, help="Use that many test images.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
+    checkpoint_every: CheckpointEvery = None,
+    pause_file: PauseFile = None,
+    max_temp: MaxTemp = None,
     out: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/last"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
     quiet: Annotated[bool, typer.Option(help="No progress on stderr.")] = False,
@@ -78,9 +89,17 @@ def train(
         limit_train=limit_train,
         limit_test=limit_test,
         seed=seed,
+        checkpoint_every=checkpoint_every,
+        pause_file=pause_file,
+        max_temp=max_temp,
         out=out,
         quiet=quiet,
     )
+    show_result(result, out=out, as_json=as_json)
+
+
+def show_result(result: dict[str, Any], *, out: Path, as_json: bool) -> None:
+    """Prints what :func:`run_training` gave."""
     if as_json:
         typer.echo(json.dumps(result))
         return
@@ -133,19 +152,29 @@ def run_training(
     limit_train: int | None,
     limit_test: int | None,
     seed: int,
+    checkpoint_every: int | None = None,
+    pause_file: Path | None = None,
+    max_temp: float | None = None,
     out: Path,
+    resumed: RunRecord | None = None,
     quiet: bool,
 ) -> dict[str, Any]:
-    """What ``edgetrain train`` does, as a value: the result that ``--json`` prints."""
+    """What ``edgetrain train`` does, as a value: the result that ``--json`` prints.
+
+    Args:
+        resumed: the record of the run in ``out`` that goes on; None starts one.
+    """
+    import numpy as np
     import torch
 
     from edgetrain.cli.model_argument import model_maker, sampled_maker
     from edgetrain.cli.progress import TrainingProgress
+    from edgetrain.files import write_atomically
     from edgetrain.planner import UniformMode
-    from edgetrain.train import Recipe, write_atomically
+    from edgetrain.train import Recipe, Throttle
     from edgetrain.train.capped import train_capped
     from edgetrain.train.data import Loader, channel_statistics, open_source, sample_images
-    from edgetrain.train.run_record import RunRecord
+    from edgetrain.train.run_record import RunRecord, Training
     from edgetrain.train.trial import EVALUATION_BATCH_SIZE
 
     known = [PLANNED, *get_args(UniformMode)]
@@ -163,6 +192,7 @@ def run_training(
         raise UsageError(
             found=f"--learning-rate {learning_rate}", expected="a number above zero", action="write it like 0.1"
         )
+    throttle = Throttle(pause_file=pause_file, max_celsius=max_temp)
     source = open_source(data, split="train", limit=limit_train, seed=seed)
     try:
         test_source = open_source(data, split="test", limit=limit_test, seed=seed)
@@ -184,16 +214,28 @@ def run_training(
         input_shape = (shape[0], shape[1], shape[2])
     make_model = sampled_maker(make_model, sample_modules, input_shape=input_shape, seed=seed)
     recipe = Recipe(epochs=epochs, batch_size=batch_size, peak_rate=learning_rate, seed=seed)
-    mean, std = channel_statistics(source, input_shape, seed=seed)
-    record = RunRecord(
+    statistics = channel_statistics(source, input_shape, seed=seed) if resumed is None else (resumed.mean, resumed.std)
+    mean, std = (np.asarray(values, dtype=np.float64) for values in statistics)
+    record = resumed or RunRecord(
         model=model,
         pooling=pooling,
-        data=data,
+        data=data if data == "digits" else str(Path(data).resolve()),
         classes=tuple(source.classes),
         input_shape=input_shape,
         mean=tuple(map(float, mean)),
         std=tuple(map(float, std)),
         seed=seed,
+        training=Training(
+            epochs=epochs,
+            learning_rate=learning_rate,
+            budget_bytes=budget_bytes,
+            sample_modules=sample_modules,
+            freeze=freeze,
+            limit_train=limit_train,
+            limit_test=limit_test,
+            checkpoint_every=checkpoint_every,
+            threads=torch.get_num_threads(),
+        ),
     )
     loaders: list[Loader] = []
 
@@ -224,7 +266,10 @@ def run_training(
             record=record,
             budget_bytes=budget_bytes,
             device="cuda" if torch.cuda.is_available() else "cpu",
-            on_step=progress.step,
+            resume=resumed is not None,
+            make_callbacks=lambda target: [progress.watching(target)],
+            checkpoint_every=checkpoint_every,
+            throttle=throttle,
         )
     result = {
         "model": model,

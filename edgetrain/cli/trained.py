@@ -15,7 +15,7 @@ from edgetrain.errors import DataError
 from edgetrain.export.describe import About
 from edgetrain.export.images import ImageSet, Normalisation, as_image_set
 from edgetrain.models import create_model
-from edgetrain.train.checkpoint import load_weights
+from edgetrain.train.checkpoint import load_weights, newest_checkpoint
 from edgetrain.train.data import BrokenImage, Split, open_source
 from edgetrain.train.data.fit import fit_image
 from edgetrain.train.run_record import RunRecord
@@ -42,7 +42,7 @@ def load_run(run_dir: Path) -> TrainedRun:
     if record.options:
         make = functools.partial(create_model, record.model, classes, in_channels=channels, **record.options)
     model = make()
-    load_weights(run_dir / "checkpoints" / "last.safetensors", model)
+    load_weights(newest_checkpoint(run_dir / "checkpoints").path, model)
     plan = run_dir / "plan.json"
     about = About(
         name=record.model,

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Collection, Iterator
+import random
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,11 +28,15 @@ from edgetrain.planner import Plan, UniformMode, uniform_plan
 from edgetrain.runtime import wrap
 from edgetrain.targets import Target, return_large_blocks, select_target
 from edgetrain.train.advice import CHANGES, Change, advise
+from edgetrain.train.callbacks import Callback
 from edgetrain.train.data.prefetch import ready_thread
+from edgetrain.train.passes import Batches
 from edgetrain.train.planned import LEAN, planned
 from edgetrain.train.recipe import Recipe
+from edgetrain.train.records import EpochRecord
 from edgetrain.train.run_record import RunRecord
-from edgetrain.train.trainer import Batches, EpochRecord, StepRecord, Trainer
+from edgetrain.train.throttle import Throttle
+from edgetrain.train.trainer import Trainer
 from edgetrain.units import format_mib
 
 ModelMaker = Callable[[], nn.Module]
@@ -68,7 +74,10 @@ def train_capped(
     record: RunRecord | None = None,
     budget_bytes: int | None,
     device: str = "cpu",
-    on_step: Callable[[StepRecord, Target], None] | None = None,
+    resume: bool = False,
+    make_callbacks: Callable[[Target], Sequence[Callback]] = lambda target: (),
+    checkpoint_every: int | None = None,
+    throttle: Throttle | None = None,
     changes: Collection[Change] = CHANGES,
     sample: Tensor | None = None,
     update_in_backward: bool = False,
@@ -81,7 +90,9 @@ def train_capped(
         mode: the same for all blocks, or a plan; None: the fastest plan that stays inside the budget.
         input_shape: (c, h, w).
         record: what the network is, for whoever opens the run directory.
-        on_step: gets the record of each step and the target, whose memory it may read.
+        resume: go on with the run in ``run_dir``, whose plan is given as ``mode``.
+        make_callbacks: gets the target, whose memory they may read.
+        checkpoint_every, throttle: see :class:`Trainer`.
         changes: what an error may advise.
         sample: some images (n, c, h, w), for a plan.
         update_in_backward: whether that plan steps the optimiser block by block.
@@ -132,7 +143,7 @@ def train_capped(
     target.start()
     with _capped(target, budget_bytes):
         try:
-            torch.manual_seed(recipe.seed)
+            _seed(recipe.seed)
             model = make_model()
             plan = how
             if isinstance(plan, str):
@@ -145,9 +156,11 @@ def train_capped(
                 recipe=recipe,
                 record=record,
                 device=device,
-                on_step=None if on_step is None else lambda record: on_step(record, target),
+                callbacks=make_callbacks(target),
+                checkpoint_every=checkpoint_every,
+                throttle=throttle,
             )
-            history = trainer.fit(batches, test_batches)
+            history = (trainer.resume if resume else trainer.fit)(batches, test_batches)
             return CappedRun(trainer.model, plan, history, target.peak_bytes(), budget_bytes, trainer.checkpoint)
         except Exception as error:
             if budget_bytes is None or not target.is_out_of_memory(error):
@@ -203,6 +216,13 @@ def check_budget(make_model: ModelMaker, budget_bytes: int) -> None:
             f"{sum(p.numel() for p in model.parameters()):,} parameters{frozen}, before any activation",
             action=f"raise --budget above {format_mib(needed)} or choose a smaller --model",
         )
+
+
+def _seed(seed: int) -> None:
+    """All generators that a model or its data may draw from, so that a run repeats."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 @contextlib.contextmanager

@@ -1,97 +1,190 @@
-"""Checkpoints that are whole or absent: safetensors, written aside, synced, then renamed.
+"""Checkpoints: everything that a run needs to go on as if nothing had happened, in one file that proves itself.
 
-``model.*`` holds the state dict, ``momentum.<parameter>`` the optimiser's buffers; epoch, step and a format
-version stand in the metadata. Nothing is pickled.
+| name in the file | what |
+|---|---|
+| ``model.*`` | state dict: weights, and buffers such as running statistics |
+| ``buffer.*`` | buffers that the state dict leaves out |
+| ``optimizer.PARAMETER.KEY`` | state of the optimiser, such as ``momentum_buffer``; what is no tensor is in the JSON |
+| ``random.start.*``, ``random.now.*`` | :class:`RandomState` at the start of the epoch, and now |
 
-Written here and read by the safetensors library: its writer makes two copies of the whole state, and inside a
-memory cap it ends the process where it gets no memory. The format is eight bytes with the length of a JSON header,
-the header (dtype, shape and place of every tensor), then the tensors' bytes.
+The JSON holds the position and the records of the epochs done. The schedule follows from the step, and so does what a
+network with sampled modules draws. ``last.safetensors`` is the newest, ``previous.safetensors`` the one before.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from edgetrain.errors import StorageError
-from edgetrain.files import write_atomically
+from edgetrain.train.random_state import RandomState
+from edgetrain.train.records import EpochRecord, Position
+from edgetrain.train.tensor_file import TensorFile, write_tensor_file
 
-FORMAT_VERSION = "1"
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+LAST, PREVIOUS, DAMAGED = "last.safetensors", "previous.safetensors", "damaged.safetensors"
+_LOG = logging.getLogger(__name__)
+_MODEL, _BUFFER, _OPTIMIZER, _START, _NOW = "model.", "buffer.", "optimizer.", "random.start.", "random.now."
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        position: between two steps.
+        history: a record per epoch done.
+        start: random states at the start of the epoch of ``position``.
+        now: those there.
+    """
+
+    position: Position
+    history: tuple[EpochRecord, ...]
+    start: RandomState
+    now: RandomState
 
 
 def save_checkpoint(
-    path: Path, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = (), *, epoch: int, step: int
+    path: Path, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = (), *, progress: Progress
 ) -> None:
-    """Writes weights, buffers and momentum of ``model`` to ``path``.
+    """Writes ``model``, ``optimizers`` and ``progress`` to ``path``; what was there becomes the previous checkpoint.
 
     Args:
-        optimizers: that have the momentum, each of some of the parameters.
+        optimizers: each of some of the parameters of ``model``.
 
     Raises:
-        StorageError: see :func:`write_atomically`.
+        StorageError: see :func:`edgetrain.files.write_atomically`.
     """
-    tensors = {f"model.{name}": value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    states = {parameter: state for optimizer in optimizers for parameter, state in optimizer.state.items()}
-    for name, parameter in model.named_parameters():
-        buffer = states.get(parameter, {}).get("momentum_buffer")
-        if isinstance(buffer, Tensor):
-            tensors[f"momentum.{name}"] = buffer.detach().cpu().contiguous()
-    metadata = {"format": FORMAT_VERSION, "epoch": str(epoch), "step": str(step)}
-    write_atomically(path, _serialise(tensors, metadata))
+    tensors = {_MODEL + name: _plain(value) for name, value in model.state_dict().items()}
+    tensors |= {_BUFFER + name: _plain(value) for name, value in _other_buffers(model)}
+    scalars: dict[str, Any] = {}
+    for parameter, state in ((p, s) for optimizer in optimizers for p, s in optimizer.state.items()):
+        name = _name_of(parameter, model)
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"{_OPTIMIZER}{name}.{key}"] = _plain(value)
+            else:
+                scalars[f"{name}.{key}"] = value
+    for prefix, random in ((_START, progress.start), (_NOW, progress.now)):
+        tensors |= {prefix + name: value for name, value in random.tensors.items()}
+    state = {
+        "position": asdict(progress.position),
+        "history": [asdict(record) for record in progress.history],
+        "optimizer": scalars,
+    }
+    write_tensor_file(path, tensors, state, previous=path.with_name(PREVIOUS))
 
 
-def _serialise(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file, tensor by tensor, without copying any."""
-    header: dict[str, object] = {"__metadata__": metadata}
-    place = 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [place, place + size],
-        }
-        place += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for tensor in tensors.values():
-        yield tensor.reshape(-1).view(torch.uint8).numpy().data
+def load_checkpoint(file: TensorFile, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = ()) -> Progress:
+    """Puts what ``file`` holds into ``model`` and ``optimizers``; random states are given, not restored.
+
+    Raises:
+        StorageError: the checkpoint is of another model.
+    """
+    try:
+        position = TypeAdapter(Position).validate_python(file.state["position"])
+        history = TypeAdapter(tuple[EpochRecord, ...]).validate_python(file.state["history"])
+        scalars: dict[str, Any] = dict(file.state["optimizer"])
+    except (KeyError, TypeError, ValueError, ValidationError) as error:
+        raise _of_another_model(file, "no position of a run in it") from error
+    _load_tensors(file, model)
+    for optimizer in optimizers:
+        _load_optimizer(file, model, optimizer, scalars)
+    start, now = (RandomState({name: file.tensor(p + name) for name in file.names(p)}) for p in (_START, _NOW))
+    return Progress(position, history, start, now)
 
 
 def load_weights(path: Path, model: nn.Module) -> dict[str, int]:
-    """Puts the weights and buffers of ``path`` into ``model``; gives ``{"epoch": ..., "step": ...}``.
+    """Puts the weights and buffers of ``path`` into ``model``; gives ``{"epoch": ..., "step": ...}``, those done.
 
     Raises:
         StorageError: the file is missing, damaged, or of another model.
     """
+    position = load_checkpoint(TensorFile(path), model).position
+    return {"epoch": position.epoch, "step": position.step}
+
+
+def newest_checkpoint(folder: Path) -> TensorFile:
+    """The last checkpoint in ``folder``, or the one before with a warning where the last is damaged.
+
+    Raises:
+        StorageError: neither can be read.
+    """
+    last, previous = folder / LAST, folder / PREVIOUS
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            prefix = "model."
-            state = {name[len(prefix) :]: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
-        model.load_state_dict(state)
-        return {"epoch": int(metadata["epoch"]), "step": int(metadata["step"])}
-    except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
-        raise StorageError(
-            found=f"{path} cannot be loaded: {str(error).splitlines()[0]}",
-            expected="a checkpoint of this model",
-            action="name the checkpoint of a run of the same --model and --pooling",
-        ) from error
+        return TensorFile(last)
+    except StorageError as error:
+        if not previous.exists():
+            raise
+        found = TensorFile(previous)
+        done = found.state.get("position", {}).get("step")
+        _LOG.warning("%s; the one before it is used, of step %s", error.found, done)
+        return found
+
+
+def _plain(value: Tensor) -> Tensor:
+    return value.detach().cpu().contiguous()
+
+
+def _other_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    known = model.state_dict().keys()
+    return ((name, value) for name, value in model.named_buffers() if name not in known)
+
+
+def _name_of(parameter: Tensor, model: nn.Module) -> str:
+    return next(name for name, own in model.named_parameters() if own is parameter)
+
+
+@torch.no_grad()
+def _load_tensors(file: TensorFile, model: nn.Module) -> None:
+    """Copies one tensor after the other into its place, after all have been compared."""
+    places = {_MODEL + name: value for name, value in model.state_dict().items()}
+    places |= {_BUFFER + name: value for name, value in _other_buffers(model)}
+    stored = {prefix + name for prefix in (_MODEL, _BUFFER) for name in file.names(prefix)}
+    if stored != places.keys():
+        raise _of_another_model(file, f"{min(stored ^ places.keys())} is in one of them only")
+    for name, place in places.items():
+        if file.shape(name) != tuple(place.shape) or file.dtype(name) != place.dtype:
+            raise _of_another_model(
+                file, f"{name} is {file.shape(name)} {file.dtype(name)}, not {tuple(place.shape)} {place.dtype}"
+            )
+    for name, place in places.items():
+        file.copy_to(name, place)
+
+
+@torch.no_grad()
+def _load_optimizer(
+    file: TensorFile, model: nn.Module, optimizer: torch.optim.Optimizer, scalars: dict[str, Any]
+) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    states: dict[int, dict[str, Any]] = {}
+    for index, parameter in enumerate(parameters):
+        prefix = f"{_name_of(parameter, model)}."
+        state = {key[len(prefix) :]: value for key, value in scalars.items() if _is_key(key, prefix)}
+        for key in file.names(_OPTIMIZER):
+            if _is_key(key, prefix):
+                value = file.tensor(_OPTIMIZER + key)
+                if value.shape == parameter.shape and value.stride() != parameter.stride():
+                    value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)  # with its strides
+                state[key[len(prefix) :]] = value
+        if state:
+            states[index] = state
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _is_key(name: str, prefix: str) -> bool:
+    return name.startswith(prefix) and "." not in name[len(prefix) :]
+
+
+def _of_another_model(file: TensorFile, reason: str) -> StorageError:
+    return StorageError(
+        found=f"{file.path} cannot be loaded: {reason}",
+        expected="a checkpoint of this model",
+        action="name the checkpoint of a run of the same --model and --pooling",
+    )

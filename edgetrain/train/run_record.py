@@ -17,6 +17,26 @@ from edgetrain.files import write_atomically
 NAME = "run.json"
 
 
+class Training(BaseModel):
+    """How ``edgetrain train`` was called, as far as the plan and the rest of the record do not say it.
+
+    Attributes:
+        threads: of torch; the sums in a step are grouped by them, so a run goes on bit for bit only with as many.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epochs: int = Field(ge=1)
+    learning_rate: float | None
+    budget_bytes: int | None
+    sample_modules: str | None
+    freeze: int = Field(ge=0)
+    limit_train: int | None
+    limit_test: int | None
+    checkpoint_every: int | None
+    threads: int = Field(ge=1)
+
+
 class RunRecord(BaseModel):
     """The network and data of a run.
 
@@ -24,11 +44,12 @@ class RunRecord(BaseModel):
         model: name in the zoo, or ``module:function``.
         pooling: sequence of a network of the zoo, a letter for each; None: the network's own.
         options: further options of a network of the zoo, such as its width.
-        data: data set, as given to ``edgetrain train``.
+        data: data set, as given to ``edgetrain train``; a path is absolute.
         classes: their names, in the order of the logits.
         input_shape: (c, h, w).
         mean, std: per channel, by which the images 0..1 were normalised.
         seed: of the run.
+        training: what ``edgetrain resume`` needs besides; None: the run was started from Python.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,6 +64,7 @@ class RunRecord(BaseModel):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     seed: int
+    training: Training | None = None
 
     def write(self, run_dir: Path) -> None:
         """Writes the record into ``run_dir``; raises StorageError where it cannot."""

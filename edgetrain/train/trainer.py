@@ -1,4 +1,4 @@
-"""The training loop: plan executed, metrics recorded, state saved after every epoch."""
+"""The training loop: plan executed, metrics recorded, state saved so that the run can go on from it bit for bit."""
 
 from __future__ import annotations
 
@@ -6,91 +6,42 @@ import contextlib
 import itertools
 import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgetrain.chain import SampledNetwork
-from edgetrain.errors import EdgetrainError, TrainingError
+from edgetrain.errors import TrainingError
 from edgetrain.files import write_atomically
 from edgetrain.planner import Plan
 from edgetrain.runtime import wrap
-from edgetrain.train.checkpoint import save_checkpoint
+from edgetrain.train.callbacks import Callback
+from edgetrain.train.checkpoint import (
+    DAMAGED,
+    LAST,
+    PREVIOUS,
+    Progress,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
+from edgetrain.train.evaluation import evaluate
+from edgetrain.train.passes import Batch, Batches, Pass
+from edgetrain.train.random_state import RandomState, generators_of
 from edgetrain.train.recipe import Recipe
+from edgetrain.train.records import EpochRecord, Position, StepRecord
 from edgetrain.train.run_record import RunRecord
-
-Batch = tuple[Tensor, Tensor]
+from edgetrain.train.stopping import InterruptedRunError, Stop, StopAskedError
+from edgetrain.train.throttle import Throttle
 
 RECALIBRATION_BATCHES = 32
 """Most training batches over which the statistics of a network trained with sampled modules are averaged."""
-
-
-class Batches(Protocol):
-    """Whatever gives batches ``(images (n, c, h, w), labels (n,))``: a Loader or a torch DataLoader."""
-
-    def __iter__(self) -> Iterator[Batch]: ...
-
-    def __len__(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One training step.
-
-    Attributes:
-        loss: mean over the batch.
-        accuracy: mean over the epoch so far, 0..1.
-        images_per_second: over the epoch so far.
-    """
-
-    epoch: int
-    epochs: int
-    step: int
-    steps: int
-    loss: float
-    accuracy: float
-    images_per_second: float
-
-
-@dataclass(frozen=True)
-class EpochRecord:
-    """One epoch.
-
-    Attributes:
-        loss: mean training loss.
-        accuracy: training accuracy, 0..1.
-        test_accuracy: None where no test data was given.
-        seconds: of training, evaluation left out.
-    """
-
-    epoch: int
-    loss: float
-    accuracy: float
-    test_accuracy: float | None
-    images_per_second: float
-    seconds: float
-
-
-class InterruptedRunError(EdgetrainError):
-    """Ctrl-C: the step was finished and the state saved."""
-
-    exit_code = 130
-
-    def __init__(self, checkpoint: Path) -> None:
-        super().__init__(
-            found="Ctrl-C",
-            expected="the run to end by itself",
-            action=f"nothing is lost: the step was finished and the state saved in {checkpoint}",
-        )
-        self.checkpoint = checkpoint
 
 
 class Trainer:
@@ -99,13 +50,18 @@ class Trainer:
     Of a :class:`SampledNetwork` every step runs another draw, that of its number. After each epoch the whole network is
     recalibrated and evaluated; after the last one sampling ends, and the state saved is that of a plain network.
 
+    A run that ended before its time goes on with :meth:`resume` of a trainer made with the same arguments: on the CPU
+    with as many threads, bit for bit as if it had not ended.
+
     Args:
         model: any module, for which ``plan`` was made.
-        run_dir: gets ``plan.json``, ``metrics.jsonl`` and ``checkpoints/last.safetensors``.
+        run_dir: gets ``plan.json``, ``metrics.jsonl`` and ``checkpoints/``.
         recipe: optimiser, schedule, epochs.
         record: what the network is, written to ``run.json`` there.
         device: where to train.
-        on_step: called after every step, for progress bars.
+        callbacks: get the news of the run, in this order.
+        checkpoint_every: steps after which the state is saved, besides the end of each epoch; None: only there.
+        throttle: when to wait between steps.
 
     Attributes:
         model: the module being trained, of a sampled one the whole network.
@@ -121,7 +77,9 @@ class Trainer:
         recipe: Recipe | None = None,
         record: RunRecord | None = None,
         device: str | torch.device = "cpu",
-        on_step: Callable[[StepRecord], None] | None = None,
+        callbacks: Sequence[Callback] = (),
+        checkpoint_every: int | None = None,
+        throttle: Throttle | None = None,
     ) -> None:
         self._sampled = model if isinstance(model, SampledNetwork) else None
         self.model = model.to(device) if self._sampled is None else self._sampled.to(device).model
@@ -131,88 +89,165 @@ class Trainer:
         self.recipe = recipe or Recipe(batch_size=plan.input_shape[0])
         self.device = torch.device(device)
         self.history: list[EpochRecord] = []
-        self._on_step = on_step
+        self._callbacks = tuple(callbacks)
+        self._checkpoint_every = checkpoint_every
+        self._throttle = throttle or Throttle()
         make_optimizer = self.recipe.optimizer_for(self.model)
         self._net = wrap(model, plan, optimizer=make_optimizer)
         # those of the blocks, which the plan steps in the backward pass, or one that steps after it
         self._optimizers: list[torch.optim.Optimizer] = list(self._net.optimizers.values())
         self._last = None if self._optimizers else make_optimizer(self._trained())
         self._optimizers += [] if self._last is None else [self._last]
-        self._step = 0
+        self._position = Position()
+        self._start = RandomState.capture()
 
     @property
     def checkpoint(self) -> Path:
-        """Where the last good state is."""
-        return self.run_dir / "checkpoints" / "last.safetensors"
+        """Where the last state is."""
+        return self.run_dir / "checkpoints" / LAST
 
     def fit(self, batches: Batches, test_batches: Iterable[Batch] | None = None) -> list[EpochRecord]:
-        """Trains for ``recipe.epochs`` and gives a record per epoch.
+        """Trains for ``recipe.epochs`` and gives a record per epoch; a run that was in ``run_dir`` is gone.
 
         Args:
             batches: training data; ``set_epoch`` is called where it exists.
             test_batches: evaluated after every epoch.
 
         Raises:
-            TrainingError: the loss is not a number; the state of the epoch before is kept.
+            TrainingError: the loss is not a number; the last good state is kept.
             StorageError: the run directory cannot be written.
-            InterruptedRunError: Ctrl-C.
+            InterruptedRunError: Ctrl-C or SIGTERM.
         """
+        for name in (LAST, PREVIOUS, DAMAGED):
+            self.checkpoint.with_name(name).unlink(missing_ok=True)
         if self._record is not None:
             self._record.write(self.run_dir)
         write_atomically(self.run_dir / "plan.json", self.plan.to_json().encode())
-        write_atomically(self.run_dir / "metrics.jsonl", b"")
-        self.save(epoch=0)
-        with _FinishStep() as interrupt:
-            for epoch in range(1, self.recipe.epochs + 1):
-                if hasattr(batches, "set_epoch"):
-                    batches.set_epoch(epoch)
-                record = self._train_epoch(epoch, batches, test_batches, interrupt)
-                self._check_weights(epoch)
-                self.history.append(record)
-                self._write_metrics()
-                self.save(epoch=epoch)
-                if interrupt.asked and epoch < self.recipe.epochs:
-                    raise InterruptedRunError(self.checkpoint)
-        return self.history
+        self._write_metrics()
+        self._start = RandomState.capture(*generators_of(batches))
+        self._save(self._start)
+        return self._run(batches, test_batches, now=None)
 
-    def save(self, *, epoch: int) -> None:
-        """Writes the state to :attr:`checkpoint`.
+    def resume(self, batches: Batches, test_batches: Iterable[Batch] | None = None) -> list[EpochRecord]:
+        """Goes on from the newest good checkpoint in ``run_dir``; a record per epoch, those done before included.
+
+        Args:
+            batches, test_batches: of the same data in the same order as before. What has random state of its own keeps
+                it only where it is the generator of a DataLoader or of its sampler.
 
         Raises:
-            StorageError: the disk is full or refuses; the state saved before is intact.
+            StorageError: there is no checkpoint that can be read, or it is of another model.
+            TrainingError, InterruptedRunError: as :meth:`fit`.
         """
-        save_checkpoint(self.checkpoint, self.model, self._optimizers, epoch=epoch, step=self._step)
+        file = newest_checkpoint(self.checkpoint.parent)
+        progress = load_checkpoint(file, self.model, self._optimizers)
+        if file.path != self.checkpoint and self.checkpoint.exists():  # must not become the previous one
+            self.checkpoint.replace(self.checkpoint.with_name(DAMAGED))
+        self._position, self._start = progress.position, progress.start
+        self.history = list(progress.history)
+        self._write_metrics()
+        return self._run(batches, test_batches, now=progress.now)
 
-    def _train_epoch(
-        self, epoch: int, batches: Batches, test_batches: Iterable[Batch] | None, interrupt: _FinishStep
-    ) -> EpochRecord:
+    def _run(
+        self, batches: Batches, test_batches: Iterable[Batch] | None, *, now: RandomState | None
+    ) -> list[EpochRecord]:
+        with Stop() as stop:
+            while self._position.epoch < self.recipe.epochs:
+                epoch = self._position.epoch + 1
+                if hasattr(batches, "set_epoch"):
+                    batches.set_epoch(epoch)
+                self._train_epoch(batches, stop, now)
+                now = None
+                record = self._evaluated(batches, test_batches, stop)
+                self._check_weights()
+                self.history.append(record)
+                self._write_metrics()
+                for callback in self._callbacks:
+                    callback.on_epoch(record)
+                self._position = self._position.after_epoch()
+                self._start = RandomState.capture(*generators_of(batches))
+                self._save(self._start)
+                if stop.asked is not None and epoch < self.recipe.epochs:
+                    raise InterruptedRunError(self.checkpoint, stop.asked)
+        return self.history
+
+    def _save(self, now: RandomState) -> None:
+        progress = Progress(self._position, tuple(self.history), self._start, now)
+        save_checkpoint(self.checkpoint, self.model, self._optimizers, progress=progress)
+        for callback in self._callbacks:
+            callback.on_checkpoint(self.checkpoint)
+
+    def _train_epoch(self, batches: Batches, stop: Stop, now: RandomState | None) -> None:
+        """Trains to the end of the epoch of the position, from where that is."""
         self._net.train()
-        per_epoch = len(batches)
-        total = self.recipe.epochs * per_epoch
-        seen, correct, loss_sum, start = 0, 0, 0.0, time.perf_counter()
-        for k, (images, labels) in enumerate(batches):
-            loss, hits = self._train_step(images.to(self.device), labels.to(self.device), total, epoch)
-            seen, correct, loss_sum = seen + len(labels), correct + hits, loss_sum + loss * len(labels)
-            if self._on_step is not None:
-                rate = seen / (time.perf_counter() - start)
-                self._on_step(StepRecord(epoch, self.recipe.epochs, k + 1, per_epoch, loss, correct / seen, rate))
-            if interrupt.asked:
-                self.save(epoch=epoch - 1)
-                raise InterruptedRunError(self.checkpoint)
-        seconds = time.perf_counter() - start
-        with self._whole(batches, last=epoch == self.recipe.epochs):
-            test_accuracy = None if test_batches is None else evaluate(self.model, test_batches, device=self.device)
+        position, epoch, per_epoch = self._position, self._position.epoch + 1, len(batches)
+        one_pass = Pass(batches, first=position.batch, start=self._start, now=now)
+        began = time.perf_counter() - position.seconds
+        for images, labels in one_pass:
+            loss, hits = self._train_step(images.to(self.device), labels.to(self.device), per_epoch)
+            position.batch = one_pass.done
+            position.seen += len(labels)
+            position.correct += hits
+            position.loss_sum += loss * len(labels)
+            position.seconds = time.perf_counter() - began
+            done = StepRecord(
+                epoch,
+                self.recipe.epochs,
+                position.batch,
+                per_epoch,
+                loss,
+                position.correct / position.seen,
+                position.seen / position.seconds,
+            )
+            for callback in self._callbacks:
+                callback.on_step(done)
+            self._between_steps(stop)
+            began = time.perf_counter() - position.seconds
+
+    def _between_steps(self, stop: Stop) -> None:
+        """Waits, saves, stops, each where it is time to."""
+
+        def tell(reason: str | None) -> None:
+            for callback in self._callbacks:
+                callback.on_wait(reason)
+
+        self._throttle.wait(stopped=lambda: stop.asked is not None, tell=tell)
+        if stop.asked is not None or (self._checkpoint_every and self._position.step % self._checkpoint_every == 0):
+            self._check_weights()
+            self._save(RandomState.capture())
+        if stop.asked is not None:
+            raise InterruptedRunError(self.checkpoint, stop.asked)
+
+    def _evaluated(self, batches: Batches, test_batches: Iterable[Batch] | None, stop: Stop) -> EpochRecord:
+        """The record of the epoch whose steps are done. Evaluation has no state: after a stop it is done again."""
+        position, now = self._position, RandomState.capture()
+        if self._sampled is not None:  # evaluation changes its statistics
+            self._check_weights()
+            self._save(now)
+        try:
+            with self._whole(batches, stop, last=position.epoch + 1 == self.recipe.epochs):
+                accuracy = None
+                if test_batches is not None:
+                    accuracy = evaluate(self.model, stop.watched(test_batches), device=self.device)
+        except StopAskedError:
+            assert stop.asked is not None
+            if self._sampled is None:
+                self._check_weights()
+                self._save(now)
+            raise InterruptedRunError(self.checkpoint, stop.asked) from None
+        seen = max(position.seen, 1)
+        rate = position.seen / position.seconds if position.seconds else 0.0
         return EpochRecord(
-            epoch, loss_sum / max(seen, 1), correct / max(seen, 1), test_accuracy, seen / seconds, seconds
+            position.epoch + 1, position.loss_sum / seen, position.correct / seen, accuracy, rate, position.seconds
         )
 
-    def _whole(self, batches: Batches, *, last: bool) -> contextlib.AbstractContextManager[object]:
+    def _whole(self, batches: Batches, stop: Stop, *, last: bool) -> contextlib.AbstractContextManager[object]:
         """Inside, the model is one to evaluate; it stays so after the last epoch."""
         if self._sampled is None:
             return contextlib.nullcontext()
         some = (
             part.to(self.device)
-            for images, _ in itertools.islice(batches, RECALIBRATION_BATCHES)
+            for images, _ in stop.watched(itertools.islice(batches, RECALIBRATION_BATCHES))
             for part in images.split(-(-len(images) // self.plan.micro_batches))
         )
         if last:
@@ -221,12 +256,13 @@ class Trainer:
         self._sampled.recalibrate(some)
         return self._sampled.whole()
 
-    def _train_step(self, images: Tensor, labels: Tensor, total: int, epoch: int) -> tuple[float, int]:
+    def _train_step(self, images: Tensor, labels: Tensor, per_epoch: int) -> tuple[float, int]:
+        position = self._position
         if self._sampled is not None:
-            self._sampled.draw(self._step)  # all parts of a batch run the same modules
+            self._sampled.draw(position.step)  # all parts of a batch run the same modules
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = self.recipe.rate(self._step, total)
+                group["lr"] = self.recipe.rate(position.step, self.recipe.epochs * per_epoch)
         value, hits = 0.0, 0
         part = -(-len(labels) // self.plan.micro_batches)
         for some_images, some_labels in zip(images.split(part), labels.split(part), strict=True):
@@ -236,16 +272,16 @@ class Trainer:
             value += float(loss.detach())
             if not math.isfinite(value):
                 raise TrainingError(
-                    found=f"the loss is {value} at step {self._step + 1} (epoch {epoch})",
+                    found=f"the loss is {value} at step {position.step + 1} (epoch {position.epoch + 1})",
                     expected="a finite loss",
-                    action=f"lower the learning rate; the state of the epoch before is in {self.checkpoint}",
+                    action=f"lower the learning rate; the last good state is in {self.checkpoint}",
                 )
             loss.backward()
             hits += int((logits.detach().argmax(1) == some_labels).sum())
         if self._last is not None:
             self._last.step()
             self._last.zero_grad(set_to_none=True)
-        self._step += 1
+        position.step += 1
         return value, hits
 
     def _trained(self) -> list[nn.Parameter] | list[dict[str, Any]]:
@@ -253,14 +289,14 @@ class Trainer:
             return self._sampled.parameter_groups()
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def _check_weights(self, epoch: int) -> None:
-        """The loss is made before the update: after the last step of an epoch it tells nothing of the weights."""
+    def _check_weights(self) -> None:
+        """The loss is made before the update: after the last step it tells nothing of the weights."""
         for name, value in self.model.state_dict().items():
             if value.is_floating_point() and value.numel() and not _is_finite(value):
                 raise TrainingError(
-                    found=f"{name} is not finite after step {self._step} (epoch {epoch})",
+                    found=f"{name} is not finite after step {self._position.step} (epoch {self._position.epoch + 1})",
                     expected="finite weights",
-                    action=f"lower the learning rate; the state of the epoch before is in {self.checkpoint}",
+                    action=f"lower the learning rate; the last good state is in {self.checkpoint}",
                 )
 
     def _write_metrics(self) -> None:
@@ -268,45 +304,7 @@ class Trainer:
         write_atomically(self.run_dir / "metrics.jsonl", lines.encode())
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Batch], *, device: str | torch.device = "cpu") -> float:
-    """Accuracy of ``model`` in evaluation mode over ``batches``, 0..1; its mode is put back afterwards."""
-    was_training = model.training
-    model.eval()
-    seen = correct = 0
-    try:
-        for images, labels in batches:
-            correct += int((model(images.to(device)).argmax(1).cpu() == labels).sum())
-            seen += len(labels)
-    finally:
-        model.train(was_training)
-    return correct / max(seen, 1)
-
-
 def _is_finite(value: Tensor) -> bool:
     """Whether no element is infinite or not a number, found without a temporary."""
     low, high = torch.aminmax(value)
     return math.isfinite(low) and math.isfinite(high)
-
-
-class _FinishStep(contextlib.AbstractContextManager["_FinishStep"]):
-    """Turns the first Ctrl-C into a wish that the loop can honour after the step; the second one is immediate."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: Any = None
-        self._main = threading.current_thread() is threading.main_thread()
-
-    def __enter__(self) -> _FinishStep:
-        if self._main:
-            self._before = signal.signal(signal.SIGINT, self._ask)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._main:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _ask(self, *_: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True

@@ -33,8 +33,9 @@ from edgetrain.targets import return_large_blocks, select_target
 from edgetrain.train.data.normalise import normalised
 from edgetrain.train.data.prefetch import prefetched
 from edgetrain.train.data.source import Pixels
+from edgetrain.train.passes import Batch
 from edgetrain.train.recipe import Recipe
-from edgetrain.train.trainer import Batch, Trainer
+from edgetrain.train.trainer import Trainer
 from edgetrain.units import MIB
 
 EVALUATION_BATCH_SIZE = 128

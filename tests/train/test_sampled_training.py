@@ -19,6 +19,7 @@ from edgetrain.models import cifar_resnet
 from edgetrain.planner import Plan, uniform_plan
 from edgetrain.train import Recipe, Trainer, evaluate, load_weights
 from edgetrain.train.data.digits import DigitsSource
+from edgetrain.train.stopping import Stop
 
 SHAPE = (1, 8, 8)
 
@@ -92,7 +93,7 @@ def test_what_a_run_leaves_is_a_plain_network(tmp_path: Path) -> None:
 def test_an_epoch_before_the_last_leaves_the_weights_alone(tmp_path: Path) -> None:
     training, sampled = trainer(20, tmp_path, keep="1/3", batch_size=16, epochs=2)
     before = copy.deepcopy(dict(sampled.model.named_parameters()))
-    with training._whole(batches("train", 16, 64), last=False):
+    with training._whole(batches("train", 16, 64), Stop(), last=False):
         assert not torch.equal(sampled.model.get_parameter("stage1.0.norm2.weight"), before["stage1.0.norm2.weight"])
     assert all(torch.equal(p, before[name]) for name, p in sampled.model.named_parameters())
 

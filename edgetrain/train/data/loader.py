@@ -45,6 +45,7 @@ class Loader:
     Attributes:
         broken: (path, reason) of the broken images met in this pass, or in the last one.
         epoch: which order and augmentation comes next.
+        done: batches of this pass handed out so far, those left out included.
 
     Raises:
         UsageError: an argument out of range.
@@ -78,6 +79,7 @@ class Loader:
         self.batch_size = batch_size
         self.image_size = image_size
         self.epoch = 0
+        self.done = 0
         self.broken: list[tuple[str, str]] = []
         self._augment = augment
         self._shuffle = shuffle
@@ -123,11 +125,17 @@ class Loader:
         if self._shuffle:
             order = np.random.default_rng((self._seed, epoch)).permutation(order)
         starts = range(start_batch * self.batch_size, self._images, self.batch_size)
-        jobs = (order[start : min(start + self.batch_size, self._images)] for start in starts)
+        self.done = start_batch
+        jobs = ((start, order[start : min(start + self.batch_size, self._images)]) for start in starts)
         yield from prefetched(jobs, build=partial(self._build, epoch), finish=self._finish)
 
-    def _build(self, epoch: int, indices: Indices, stop: threading.Event) -> tuple[Pixels, Labels] | None:
-        """The images at ``indices`` as (n, c, h, w) uint8, without the broken ones; None if none is left."""
+    def _build(self, epoch: int, job: tuple[int, Indices], stop: threading.Event) -> tuple[int, Pixels, Labels] | None:
+        """``(batches done, images (n, c, h, w) uint8, labels)`` without the broken images; None if none is left.
+
+        Args:
+            job: place of the first image in the order, and the indices of all.
+        """
+        start, indices = job
         channels, height, width = self.image_size
         pixels = np.empty((len(indices), channels, height, width), np.uint8)
         kept: list[int] = []
@@ -146,10 +154,11 @@ class Loader:
                 image = augment_image(image, choice, k, fill=self._fill)
             pixels[len(kept)] = image.transpose(2, 0, 1)  # (c, h, w)
             kept.append(index)
-        return (pixels[: len(kept)], self.source.labels[kept]) if kept else None
+        return (start // self.batch_size + 1, pixels[: len(kept)], self.source.labels[kept]) if kept else None
 
-    def _finish(self, raw: tuple[Pixels, Labels]) -> Batch:
-        return normalised(raw[0], self._mean, self._std), torch.from_numpy(raw[1])
+    def _finish(self, raw: tuple[int, Pixels, Labels]) -> Batch:
+        self.done, pixels, labels = raw
+        return normalised(pixels, self._mean, self._std), torch.from_numpy(labels)
 
     def _note(self, error: BrokenImage) -> None:
         """Counts a broken image, and gives up when there are too many."""

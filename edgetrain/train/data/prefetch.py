@@ -11,6 +11,7 @@ CPython then waits for it for ever; so a run inside a cap calls :func:`ready_thr
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -86,8 +87,9 @@ def prefetched(
     finally:
         stop.set()
         permit.release()
-        ended.wait()
-        _idle.append(worker)
+        if not sys.is_finalizing():  # at the end of the process, where the thread never runs again
+            ended.wait()
+            _idle.append(worker)
 
 
 def ready_thread() -> None:

@@ -155,6 +155,12 @@ def test_batch_of_only_broken_images_is_left_out():
     assert len(list(one)) == 9
 
 
+def test_batches_that_are_left_out_count_as_done():
+    one = loader(Noise(10, broken=(4,)), image_size=(3, 8, 8), shuffle=False, batch_size=1)
+    passing = one.iterate(2)
+    assert [one.done for _ in passing] == [3, 4, 6, 7, 8, 9, 10]
+
+
 @pytest.mark.parametrize(("count", "broken"), [(300, 4), (50, 2), (1000, 11)])
 def test_too_many_broken_images(count, broken):
     one = loader(Noise(count, broken=tuple(range(broken))), image_size=(3, 8, 8), shuffle=False, batch_size=10)

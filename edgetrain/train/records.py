@@ -1,0 +1,67 @@
+"""What a run records: a step, an epoch, and where it stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One training step.
+
+    Attributes:
+        loss: mean over the batch.
+        accuracy: mean over the epoch so far, 0..1.
+        images_per_second: over the epoch so far.
+    """
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    loss: float
+    accuracy: float
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One epoch.
+
+    Attributes:
+        loss: mean training loss.
+        accuracy: training accuracy, 0..1.
+        test_accuracy: None where no test data was given.
+        seconds: of training; evaluation, checkpoints and waiting left out.
+    """
+
+    epoch: int
+    loss: float
+    accuracy: float
+    test_accuracy: float | None
+    images_per_second: float
+    seconds: float
+
+
+@dataclass
+class Position:
+    """Where a run stands between two steps.
+
+    Attributes:
+        epoch: epochs done.
+        step: steps done, in all epochs.
+        batch: batches done of the next epoch, those left out because they are broken included.
+        seen, correct, loss_sum, seconds: of the next epoch so far.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    batch: int = 0
+    seen: int = 0
+    correct: int = 0
+    loss_sum: float = 0.0
+    seconds: float = 0.0
+
+    def after_epoch(self) -> Position:
+        """At the start of the epoch that follows."""
+        return Position(epoch=self.epoch + 1, step=self.step)
