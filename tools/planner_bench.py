@@ -1,8 +1,8 @@
 """Plans against torch's checkpointing and against keeping everything, at fractions of the keep-all peak, paired.
 
 For each network: the peak of a step of plain autograd (weights, gradients, momentum and batch included) is 100 %. At
-each fraction of it the planner makes a plan with block times measured here; its peak is measured at the allocator, its
-time in rounds in which every contestant runs one step. Contestants: keep all, torch.utils.checkpoint with every number
+each fraction of it the planner makes a plan with block times measured here, the optimiser after the backward pass or
+block by block in it, whichever it finds faster; its peak is measured at the allocator, its time in rounds in which every contestant runs one step. Contestants: keep all, torch.utils.checkpoint with every number
 of segments, torch.compile with activation_memory_budget where --compile asks for it. At each budget the fastest
 contestant whose measured peak fits is the peer.
 
@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ from edgetrain.chain import chain_of
 from edgetrain.memory import measure_peak, measured_times
 from edgetrain.memory.step import OPTIMIZERS
 from edgetrain.planner import Planner
+from edgetrain.runtime import Wrapped
+from edgetrain.runtime.program import Update
 
 FRACTIONS = (0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 OPTIMIZER = "sgd"
@@ -103,7 +106,9 @@ class Contestant:
         parts: int = 1,
     ) -> None:
         self.name, self._model, self._forward, self._x, self._labels = name, model, forward, x, labels
-        self._optimizer = OPTIMIZERS[OPTIMIZER](model.parameters())
+        in_backward = list(forward.optimizers.values()) if isinstance(forward, Wrapped) else []
+        self._after = None if in_backward else OPTIMIZERS[OPTIMIZER](model.parameters())
+        self._optimizers = in_backward if self._after is None else [self._after]
         self.parts = parts
         self.seconds: list[float] = []
         self.peak_bytes = 0
@@ -112,13 +117,15 @@ class Contestant:
         """One training step; gradients are gone before it."""
         for x, labels in zip(self._x.chunk(self.parts), self._labels.chunk(self.parts), strict=True):
             (F.cross_entropy(self._forward(x), labels) / self.parts).backward()
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        if self._after is not None:
+            self._after.step()
+            self._after.zero_grad(set_to_none=True)
 
     def measure(self) -> None:
         """The peak, over a step after a first one that makes the optimiser's state."""
         self.step()
-        state = [t for s in self._optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]
+        states = [state for optimizer in self._optimizers for state in optimizer.state.values()]
+        state = [t for state in states for t in state.values() if isinstance(t, Tensor)]
         tensors = [*self._model.parameters(), *self._model.buffers(), *state, self._x]
         resident = sum(t.numel() * t.element_size() for t in tensors)
         self.peak_bytes = resident + measure_peak(self.step).allocator_peak_bytes
@@ -174,7 +181,17 @@ def run(case: Case, rounds: int, *, compile_budgets: list[float]) -> list[dict[s
     began = time.perf_counter()
     times = measured_times(model, input_shape=shape, batch_size=case.batch, optimizer=OPTIMIZER, budget_s=20.0)
     times_s = time.perf_counter() - began
-    planner = Planner(model, input_shape=shape, batch_size=case.batch, optimizer=OPTIMIZER, times=times)
+    planners = [
+        Planner(
+            model,
+            input_shape=shape,
+            batch_size=case.batch,
+            optimizer=OPTIMIZER,
+            times=times,
+            update_in_backward=update_in_backward,
+        )
+        for update_in_backward in (False, True)
+    ]
     rows: list[dict[str, Any]] = []
     plans: list[Contestant | None] = []
     for fraction in FRACTIONS:
@@ -182,14 +199,19 @@ def run(case: Case, rounds: int, *, compile_budgets: list[float]) -> list[dict[s
         row: dict[str, Any] = {"network": case.name, "batch": case.batch, "size": case.size, "budget": fraction}
         row |= {"keep_all_bytes": keep_all.peak_bytes, "budget_bytes": budget, "times_s": times_s}
         began = time.perf_counter()
-        plan = planner.fitting(budget)
+        fitting_plans = [plan for planner in planners if (plan := planner.fitting(budget)) is not None]
+        plan = min(fitting_plans, key=lambda plan: plan.step_seconds or 0.0, default=None)
         if plan is None:
             plans.append(None)
-            rows.append(row | {"plan_s": time.perf_counter() - began, "infeasible": planner.needed()[0]})
+            needed = min(planner.needed()[0] for planner in planners)
+            rows.append(row | {"plan_s": time.perf_counter() - began, "infeasible": needed})
             continue
         row |= {"plan_s": time.perf_counter() - began, "predicted_bytes": plan.peak_bytes}
         row |= {"predicted_s": plan.step_seconds, "summary": ", ".join(plan.summary().splitlines()[:-2])}
-        plans.append(contestant(f"plan {fraction:.0%}", lambda own, p=plan: edgetrain.wrap(own, p), plan.micro_batches))  # type: ignore[misc]
+        row["update_in_backward"] = updates = any(isinstance(step, Update) for step in plan.program.instructions)
+        factory = OPTIMIZERS[OPTIMIZER] if updates else None
+        wrapped = partial(edgetrain.wrap, plan=plan, optimizer=factory)
+        plans.append(contestant(f"plan {fraction:.0%}", wrapped, plan.micro_batches))
         row["peak_bytes"] = plans[-1].peak_bytes
         rows.append(row)
 

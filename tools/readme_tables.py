@@ -234,6 +234,25 @@ def coupling() -> str:
     return "\n".join([*lines, "", provenance(document)])
 
 
+def folded() -> str:
+    """Folded against unfolded networks in ONNX Runtime."""
+    document = load("export_bench_cpu.json")
+    if document is None:
+        return "Not measured yet."
+    lines = [
+        "| network | graph | nodes | latency, ms | / unfolded | / plain | process, MiB | largest difference |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in document["rows"]:
+        plain = f"{row['over_plain']:.2f}" if "over_plain" in row else ""
+        difference = f"{row['max_difference']:.1e}" if "max_difference" in row else ""
+        lines.append(
+            f"| {row['network']} | {row['graph']} | {row['nodes']} | {row['latency_ms']:.2f} | "
+            f"{row['over_unfolded']:.2f} | {plain} | {row['process_bytes'] / MIB:.1f} | {difference} |"
+        )
+    return "\n".join([*lines, "", f"Batch {document['rows'][0]['batch_size']}. {provenance(document)}"])
+
+
 TABLES = {
     "memory": memory,
     "prediction": prediction,
@@ -246,6 +265,7 @@ TABLES = {
     "engines": engines,
     "dirac": dirac,
     "coupling": coupling,
+    "folded": folded,
 }
 
 
