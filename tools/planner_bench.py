@@ -2,9 +2,10 @@
 
 For each network: the peak of a step of plain autograd (weights, gradients, momentum and batch included) is 100 %. At
 each fraction of it the planner makes a plan with block times measured here, the optimiser after the backward pass or
-block by block in it, whichever it finds faster; its peak is measured at the allocator, its time in rounds in which every contestant runs one step. Contestants: keep all, torch.utils.checkpoint with every number
-of segments, torch.compile with activation_memory_budget where --compile asks for it. At each budget the fastest
-contestant whose measured peak fits is the peer.
+block by block in it, whichever it finds faster; its peak is measured at the allocator, its time in rounds in which
+every contestant runs one step. Contestants: keep all, torch.utils.checkpoint with every number of segments,
+torch.compile with activation_memory_budget where --compile asks for it. At each budget the fastest contestant whose
+measured peak fits is the peer.
 
     python tools/planner_bench.py
     python tools/planner_bench.py --networks hybrid18 resnet56 --rounds 7
