@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from edgetrain.cli.live import LiveView
 from edgetrain.targets import Target
 from edgetrain.train import StepRecord
 from edgetrain.units import MIB
@@ -43,9 +47,14 @@ class TrainingProgress:
     ) -> None:
         self._progress.stop()
 
+    @contextmanager
+    def watch(self, target: Target) -> Iterator[None]:
+        """As :meth:`edgetrain.cli.live.LiveView.watch`; here nothing is read but at the end of a step."""
+        yield
+
     def step(self, record: StepRecord, target: Target) -> None:
         """Shows one step."""
-        fields = {
+        fields: dict[str, Any] = {
             "epoch": f"{record.epoch}/{record.epochs}",
             "loss": record.loss,
             "accuracy": record.accuracy,
@@ -58,3 +67,11 @@ class TrainingProgress:
         if self._task is None:
             self._task = self._progress.add_task("train", total=total, **fields)
         self._progress.update(self._task, completed=done, **fields)
+
+
+def training_display(*, budget_bytes: int | None, quiet: bool, live: bool) -> TrainingProgress | LiveView:
+    """What ``edgetrain train`` shows on stderr: the live view where it is asked for and stderr is a terminal."""
+    console = Console(stderr=True)
+    if live and console.is_terminal and not console.is_dumb_terminal:
+        return LiveView(budget_bytes=budget_bytes, console=console)
+    return TrainingProgress(budget_bytes=budget_bytes, quiet=quiet)

@@ -59,6 +59,9 @@ def train(
     out: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/last"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
     quiet: Annotated[bool, typer.Option(help="No progress on stderr.")] = False,
+    live: Annotated[
+        bool, typer.Option("--live", help="A chart of memory against the budget on stderr, where it is a terminal.")
+    ] = False,
 ) -> None:
     """Train a network on images inside a hard memory cap."""
     result = run_training(
@@ -80,6 +83,7 @@ def train(
         seed=seed,
         out=out,
         quiet=quiet,
+        live=live,
     )
     if as_json:
         typer.echo(json.dumps(result))
@@ -135,12 +139,13 @@ def run_training(
     seed: int,
     out: Path,
     quiet: bool,
+    live: bool = False,
 ) -> dict[str, Any]:
     """What ``edgetrain train`` does, as a value: the result that ``--json`` prints."""
     import torch
 
     from edgetrain.cli.model_argument import model_maker, sampled_maker
-    from edgetrain.cli.progress import TrainingProgress
+    from edgetrain.cli.progress import training_display
     from edgetrain.planner import UniformMode
     from edgetrain.train import Recipe, write_atomically
     from edgetrain.train.capped import train_capped
@@ -158,6 +163,12 @@ def run_training(
             found="--update-in-backward with --mode or --plan",
             expected="one that a plan is made for",
             action="leave --mode and --plan out, or make the plan with --update-in-backward",
+        )
+    if live and quiet:
+        raise UsageError(
+            found="--live with --quiet",
+            expected="one of them: a live view is progress",
+            action="leave --quiet out; where stderr is no terminal, --live draws nothing but the plain progress",
         )
     if learning_rate is not None and not 0 < learning_rate < math.inf:
         raise UsageError(
@@ -211,7 +222,7 @@ def run_training(
     sample = None if chosen is not None else sample_images(source, input_shape, mean, std, seed=seed)
 
     (out / "result.json").unlink(missing_ok=True)  # of an earlier run
-    with TrainingProgress(budget_bytes=budget_bytes, quiet=quiet) as progress:
+    with training_display(budget_bytes=budget_bytes, quiet=quiet, live=live) as progress:
         run = train_capped(
             make_model,
             make_batches,
@@ -225,6 +236,7 @@ def run_training(
             budget_bytes=budget_bytes,
             device="cuda" if torch.cuda.is_available() else "cpu",
             on_step=progress.step,
+            watch=progress.watch,
         )
     result = {
         "model": model,

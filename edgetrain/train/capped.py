@@ -69,6 +69,7 @@ def train_capped(
     budget_bytes: int | None,
     device: str = "cpu",
     on_step: Callable[[StepRecord, Target], None] | None = None,
+    watch: Callable[[Target], contextlib.AbstractContextManager[None]] | None = None,
     changes: Collection[Change] = CHANGES,
     sample: Tensor | None = None,
     update_in_backward: bool = False,
@@ -82,6 +83,7 @@ def train_capped(
         input_shape: (c, h, w).
         record: what the network is, for whoever opens the run directory.
         on_step: gets the record of each step and the target, whose memory it may read.
+        watch: entered while the run is counted, for who reads the target in between.
         changes: what an error may advise.
         sample: some images (n, c, h, w), for a plan.
         update_in_backward: whether that plan steps the optimiser block by block.
@@ -130,7 +132,7 @@ def train_capped(
             action=change(LEAN, {*changes} - {"--mode"}),
         )
     target.start()
-    with _capped(target, budget_bytes):
+    with _capped(target, budget_bytes), contextlib.nullcontext() if watch is None else watch(target):
         try:
             torch.manual_seed(recipe.seed)
             model = make_model()
