@@ -27,7 +27,7 @@ import sys
 from pathlib import Path
 
 from edgetrain.errors import BudgetError
-from edgetrain.targets.glibc import release_free_memory
+from edgetrain.targets.glibc import allocated_bytes, release_free_memory
 from edgetrain.targets.memory import HostMemory, check_budget, says_out_of_memory
 from edgetrain.targets.proc import host_memory, proc_bytes
 from edgetrain.units import format_mib
@@ -53,6 +53,7 @@ class CpuTarget:
 
     def __init__(self) -> None:
         self._baseline_bytes = 0
+        self._allocated_baseline_bytes = 0
         self._lifted_limit: int | None = None
 
     @property
@@ -65,7 +66,8 @@ class CpuTarget:
         return host_memory()
 
     def start(self) -> None:
-        """Resets the high-water mark and takes the resident memory of now as the baseline."""
+        """Resets the high-water mark and takes the memory of now, resident and allocated, as the baseline."""
+        self._allocated_baseline_bytes = allocated_bytes() or 0
         if not _on_linux():
             self._baseline_bytes = 0
             self._baseline_bytes = self.current_bytes()
@@ -92,6 +94,14 @@ class CpuTarget:
         """
         _require_linux("the peak memory of a process is read from /proc")
         return proc_bytes("self/status")["VmHWM"] - self._baseline_bytes
+
+    def readings(self) -> dict[str, int]:
+        """Resident bytes above the baseline, and what malloc has handed out since where glibc says so."""
+        allocated = allocated_bytes()
+        readings = {"process": self.current_bytes()}
+        if allocated is not None:
+            readings["allocator"] = allocated - self._allocated_baseline_bytes
+        return readings
 
     def cap(self, budget_bytes: int) -> None:
         """Lets the process grow by ``budget_bytes`` and no more.

@@ -70,6 +70,10 @@ class CudaTarget:
         """Peak of the bytes of all tensors on the device since :meth:`start`."""
         return torch.cuda.max_memory_allocated(self._device)
 
+    def readings(self) -> dict[str, int]:
+        """Bytes of all tensors, and what the caching allocator has reserved for them."""
+        return {"allocator": self.current_bytes(), "reserved": self.reserved_bytes}
+
     def cap(self, budget_bytes: int) -> None:
         """Lets the allocator reserve ``budget_bytes`` in all, what it holds already included.
 

@@ -51,6 +51,27 @@ def return_large_blocks(threshold_bytes: int = DEFAULT_THRESHOLD_BYTES) -> bool:
     return bool(libc.mallopt(_M_MMAP_THRESHOLD, threshold_bytes))
 
 
+def allocated_bytes() -> int | None:
+    """Bytes that malloc has handed out and not got back, heaps and mappings; None where there is no mallinfo2(3)."""
+    function = getattr(_glibc(), "mallinfo2", None)
+    if function is None:
+        return None
+    function.restype = _Mallinfo2
+    found = function()
+    return int(found.uordblks + found.hblkhd)
+
+
+class _Mallinfo2(ctypes.Structure):
+    # malloc.h
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    )
+
+
 @cache
 def _glibc() -> ctypes.CDLL | None:
     try:

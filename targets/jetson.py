@@ -112,6 +112,10 @@ class JetsonTarget:
         """Peak of the bytes of all tensors on the device since :meth:`start`."""
         return self._cuda.peak_bytes()
 
+    def readings(self) -> dict[str, int]:
+        """See :meth:`edgetrain.targets.cuda.CudaTarget.readings`."""
+        return self._cuda.readings()
+
     def cap(self, budget_bytes: int) -> None:
         """Lets the allocator reserve ``budget_bytes`` in all, what it holds already included.
 

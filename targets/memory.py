@@ -68,6 +68,10 @@ class Target(Protocol):
         """The largest :meth:`current_bytes` since :meth:`start`."""
         ...
 
+    def readings(self) -> dict[str, int]:
+        """Bytes held now, by the name of who counts them; the first is :meth:`current_bytes`."""
+        ...
+
     def cap(self, budget_bytes: int) -> None:
         """Enforces ``budget_bytes``: an allocation that passes it fails with an error one can catch.
 

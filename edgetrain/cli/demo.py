@@ -87,7 +87,7 @@ def run_demo(*, budget_bytes: int, epochs: int, seed: int, run_dir: Path, quiet:
             record=record,
             budget_bytes=budget_bytes,
             device=device,
-            make_callbacks=lambda target: [progress.watching(target)],
+            watch=progress.watch,
             changes=changes,
         )
     fixed, per_sample = peak_bytes(make_model, "keep_all", input_shape=shape, device=device)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from edgetrain.cli.live import LiveView
 from edgetrain.targets import Target
 from edgetrain.train import Callback, StepRecord
 from edgetrain.units import MIB
@@ -45,10 +48,14 @@ class TrainingProgress(Callback):
     ) -> None:
         self._progress.stop()
 
-    def watching(self, target: Target) -> TrainingProgress:
-        """This, with the memory of ``target``."""
+    @contextmanager
+    def watch(self, target: Target) -> Iterator[Sequence[Callback]]:
+        """As :meth:`edgetrain.cli.live.LiveView.watch`; here nothing is read but at the end of a step."""
         self._target = target
-        return self
+        try:
+            yield (self,)
+        finally:
+            self._target = None
 
     def on_wait(self, reason: str | None) -> None:
         """Says that the run waits, and that it goes on."""
@@ -71,3 +78,11 @@ class TrainingProgress(Callback):
         if self._task is None:
             self._task = self._progress.add_task("train", total=total, **fields)
         self._progress.update(self._task, completed=done, **fields)
+
+
+def training_display(*, budget_bytes: int | None, quiet: bool, live: bool) -> TrainingProgress | LiveView:
+    """What ``edgetrain train`` shows on stderr: the live view where it is asked for and stderr is a terminal."""
+    console = Console(stderr=True)
+    if live and console.is_terminal and not console.is_dumb_terminal:
+        return LiveView(budget_bytes=budget_bytes, console=console)
+    return TrainingProgress(budget_bytes=budget_bytes, quiet=quiet)

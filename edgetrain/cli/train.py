@@ -70,6 +70,9 @@ def train(
     out: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/last"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
     quiet: Annotated[bool, typer.Option(help="No progress on stderr.")] = False,
+    live: Annotated[
+        bool, typer.Option("--live", help="A chart of memory against the budget on stderr, where it is a terminal.")
+    ] = False,
 ) -> None:
     """Train a network on images inside a hard memory cap."""
     result = run_training(
@@ -94,6 +97,7 @@ def train(
         max_temp=max_temp,
         out=out,
         quiet=quiet,
+        live=live,
     )
     show_result(result, out=out, as_json=as_json)
 
@@ -158,6 +162,7 @@ def run_training(
     out: Path,
     resumed: RunRecord | None = None,
     quiet: bool,
+    live: bool = False,
 ) -> dict[str, Any]:
     """What ``edgetrain train`` does, as a value: the result that ``--json`` prints.
 
@@ -168,7 +173,7 @@ def run_training(
     import torch
 
     from edgetrain.cli.model_argument import model_maker, sampled_maker
-    from edgetrain.cli.progress import TrainingProgress
+    from edgetrain.cli.progress import training_display
     from edgetrain.files import write_atomically
     from edgetrain.planner import UniformMode
     from edgetrain.train import Recipe, Throttle
@@ -187,6 +192,12 @@ def run_training(
             found="--update-in-backward with --mode or --plan",
             expected="one that a plan is made for",
             action="leave --mode and --plan out, or make the plan with --update-in-backward",
+        )
+    if live and quiet:
+        raise UsageError(
+            found="--live with --quiet",
+            expected="one of them: a live view is progress",
+            action="leave --quiet out; where stderr is no terminal, --live draws nothing but the plain progress",
         )
     if learning_rate is not None and not 0 < learning_rate < math.inf:
         raise UsageError(
@@ -253,7 +264,7 @@ def run_training(
     sample = None if chosen is not None else sample_images(source, input_shape, mean, std, seed=seed)
 
     (out / "result.json").unlink(missing_ok=True)  # of an earlier run
-    with TrainingProgress(budget_bytes=budget_bytes, quiet=quiet) as progress:
+    with training_display(budget_bytes=budget_bytes, quiet=quiet, live=live) as progress:
         run = train_capped(
             make_model,
             make_batches,
@@ -267,7 +278,7 @@ def run_training(
             budget_bytes=budget_bytes,
             device="cuda" if torch.cuda.is_available() else "cpu",
             resume=resumed is not None,
-            make_callbacks=lambda target: [progress.watching(target)],
+            watch=progress.watch,
             checkpoint_every=checkpoint_every,
             throttle=throttle,
         )

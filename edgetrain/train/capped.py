@@ -63,6 +63,10 @@ class CappedRun:
     checkpoint: Path
 
 
+def _unwatched(_: Target) -> contextlib.AbstractContextManager[Sequence[Callback]]:
+    return contextlib.nullcontext(())
+
+
 def train_capped(
     make_model: ModelMaker,
     make_batches: Callable[[], tuple[Batches, Batches | None]],
@@ -75,7 +79,7 @@ def train_capped(
     budget_bytes: int | None,
     device: str = "cpu",
     resume: bool = False,
-    make_callbacks: Callable[[Target], Sequence[Callback]] = lambda target: (),
+    watch: Callable[[Target], contextlib.AbstractContextManager[Sequence[Callback]]] = _unwatched,
     checkpoint_every: int | None = None,
     throttle: Throttle | None = None,
     changes: Collection[Change] = CHANGES,
@@ -91,7 +95,7 @@ def train_capped(
         input_shape: (c, h, w).
         record: what the network is, for whoever opens the run directory.
         resume: go on with the run in ``run_dir``, whose plan is given as ``mode``.
-        make_callbacks: gets the target, whose memory they may read.
+        watch: entered while the run is counted, with the target, whose memory may be read; gives callbacks.
         checkpoint_every, throttle: see :class:`Trainer`.
         changes: what an error may advise.
         sample: some images (n, c, h, w), for a plan.
@@ -141,7 +145,7 @@ def train_capped(
             action=change(LEAN, {*changes} - {"--mode"}),
         )
     target.start()
-    with _capped(target, budget_bytes):
+    with _capped(target, budget_bytes), watch(target) as callbacks:
         try:
             _seed(recipe.seed)
             model = make_model()
@@ -156,7 +160,7 @@ def train_capped(
                 recipe=recipe,
                 record=record,
                 device=device,
-                callbacks=make_callbacks(target),
+                callbacks=callbacks,
                 checkpoint_every=checkpoint_every,
                 throttle=throttle,
             )

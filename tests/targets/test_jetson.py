@@ -49,6 +49,9 @@ class Allocator:
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
 
+    def readings(self) -> dict[str, int]:
+        return {"allocator": 60 * MIB, "reserved": self.reserved_bytes}
+
     def cap(self, budget_bytes: int) -> None:
         self.calls.append(("cap", budget_bytes))
 
@@ -102,6 +105,10 @@ def test_gpu_memory_of_all_processes(nano: Path, tmp_path: Path):
     thor = tree(tmp_path / "thor", proc__meminfo=MEMINFO)
     assert target(thor)[0].gpu_used_bytes() is None
     assert gpu_used_bytes(tmp_path / "nowhere") is None
+
+
+def test_readings_are_the_allocators(nano: Path):
+    assert target(nano)[0].readings() == {"allocator": 60 * MIB, "reserved": 100 * MIB}
 
 
 def test_cap_goes_to_the_allocator(nano: Path):

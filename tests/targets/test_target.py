@@ -37,6 +37,21 @@ def test_growth_and_peak_follow_what_is_touched():
     assert target.peak_bytes() < 4 * MIB
 
 
+@linux_only
+def test_the_allocator_counts_what_nobody_has_touched_yet():
+    target = select_target("cpu")
+    target.start()
+    if "allocator" not in target.readings():
+        pytest.skip("a C library without mallinfo2")
+    block = torch.empty(100 * MIB, dtype=torch.uint8)
+    readings = target.readings()
+    assert list(readings) == ["process", "allocator"]
+    assert readings["allocator"] == pytest.approx(100 * MIB, abs=MIB)
+    assert readings["process"] < 4 * MIB
+    del block
+    assert target.readings()["allocator"] == pytest.approx(0, abs=MIB)
+
+
 @pytest.mark.parametrize(
     "error",
     [
