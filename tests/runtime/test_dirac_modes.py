@@ -63,7 +63,7 @@ def assert_same_step(model: nn.Module, plan: Any) -> None:
         assert q.grad is not None
         assert float((p.grad - q.grad).norm()) <= BOUND * max(float(q.grad.norm()), 1e-3), name
     for (name, a), b in zip(model.named_buffers(), plain.buffers(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10, msg=name)
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize(("name", "mode"), list(itertools.product(SMALL, UNIFORM_MODES)))
