@@ -30,6 +30,7 @@ from edgetrain.targets import Target, return_large_blocks, select_target
 from edgetrain.train.advice import CHANGES, Change, advise
 from edgetrain.train.callbacks import Callback
 from edgetrain.train.data.prefetch import ready_thread
+from edgetrain.train.objectives import Objective
 from edgetrain.train.passes import Batches
 from edgetrain.train.planned import LEAN, planned
 from edgetrain.train.recipe import Recipe
@@ -74,6 +75,7 @@ def train_capped(
     mode: UniformMode | Plan | None,
     input_shape: tuple[int, int, int],
     recipe: Recipe,
+    objective: Objective | None = None,
     run_dir: Path,
     record: RunRecord | None = None,
     budget_bytes: int | None,
@@ -93,6 +95,7 @@ def train_capped(
         make_batches: makes training and test data, likewise.
         mode: the same for all blocks, or a plan; None: the fastest plan that stays inside the budget.
         input_shape: (c, h, w).
+        objective: the loss; None: cross-entropy.
         record: what the network is, for whoever opens the run directory.
         resume: go on with the run in ``run_dir``, whose plan is given as ``mode``.
         watch: entered while the run is counted, with the target, whose memory may be read; gives callbacks.
@@ -158,6 +161,7 @@ def train_capped(
                 plan,
                 run_dir=run_dir,
                 recipe=recipe,
+                objective=objective,
                 record=record,
                 device=device,
                 callbacks=callbacks,

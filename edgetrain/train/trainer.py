@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgetrain.chain import SampledNetwork
@@ -32,6 +31,7 @@ from edgetrain.train.checkpoint import (
     save_checkpoint,
 )
 from edgetrain.train.evaluation import evaluate
+from edgetrain.train.objectives import CrossEntropy, Objective
 from edgetrain.train.passes import Batch, Batches, Pass
 from edgetrain.train.random_state import RandomState, generators_of
 from edgetrain.train.recipe import Recipe
@@ -57,6 +57,7 @@ class Trainer:
         model: any module, for which ``plan`` was made.
         run_dir: gets ``plan.json``, ``metrics.jsonl`` and ``checkpoints/``.
         recipe: optimiser, schedule, epochs.
+        objective: the loss; None: cross-entropy.
         record: what the network is, written to ``run.json`` there.
         device: where to train.
         callbacks: get the news of the run, in this order.
@@ -75,6 +76,7 @@ class Trainer:
         *,
         run_dir: str | Path,
         recipe: Recipe | None = None,
+        objective: Objective | None = None,
         record: RunRecord | None = None,
         device: str | torch.device = "cpu",
         callbacks: Sequence[Callback] = (),
@@ -87,6 +89,7 @@ class Trainer:
         self.run_dir = Path(run_dir)
         self._record = record
         self.recipe = recipe or Recipe(batch_size=plan.input_shape[0])
+        self.objective = objective or CrossEntropy()
         self.device = torch.device(device)
         self.history: list[EpochRecord] = []
         self._callbacks = tuple(callbacks)
@@ -268,7 +271,7 @@ class Trainer:
         for some_images, some_labels in zip(images.split(part), labels.split(part), strict=True):
             logits = self._net(some_images)
             # the parts' gradients add up to that of the batch's mean loss
-            loss = F.cross_entropy(logits, some_labels) * (len(some_labels) / len(labels))
+            loss = self.objective(logits, some_labels) * (len(some_labels) / len(labels))
             value += float(loss.detach())
             if not math.isfinite(value):
                 raise TrainingError(
