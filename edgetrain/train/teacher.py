@@ -10,8 +10,15 @@ from torch import Tensor, nn
 
 from edgetrain.chain import Chain, Group, Tapped, chain_of, groups_of
 from edgetrain.errors import ModelError
+from edgetrain.memory.forward import Guest, forward_memory
+from edgetrain.memory.operators import DeviceKind
 from edgetrain.nn.attention import Mapping, attention_map, normalised_maps
+from edgetrain.nn.slices import CUDA_FACTOR
 from edgetrain.train.distillation import Answers
+from edgetrain.units import MIB
+
+FORWARD_BYTES = 16 * MIB
+"""Most that a teacher's forward pass takes at once; one sample at least. A CUDA device keeps busy only with more."""
 
 Statistics = tuple[Sequence[float], Sequence[float]]
 """Mean and standard deviation per channel by which images were normalised."""
@@ -24,7 +31,7 @@ class Teacher:
         make: makes the network with its weights; must be picklable where trials run in another process.
         groups: of the student, whose attention is asked for.
         mapping, power: of the attention.
-        samples: at most so many at once; None: all.
+        samples: at most so many at once; None: all, or as :meth:`memory` chooses.
         student_statistics, own_statistics: by which the images were normalised for the student, and should be for the
             teacher; None: the same.
     """
@@ -41,37 +48,63 @@ class Teacher:
         own_statistics: Statistics | None = None,
     ) -> None:
         self.samples = samples
-        self._make, self._groups, self._mapping, self._power = make, tuple(groups), mapping, power
+        self.make, self._groups, self._mapping, self._power = make, tuple(groups), mapping, power
         self._affine = _renormalisation(student_statistics, own_statistics)
         self._chain: Chain | None = None
-        self._asked: dict[int, tuple[Group, Group]] = {}
+        self._asked: tuple[tuple[Group, Group], ...] = ()
 
     @torch.no_grad()
     def __call__(self, images: Tensor, indices: Tensor | None = None) -> Answers:
         """Its answers for ``images`` (n, c, h, w)."""
         chain = self._ready(images)
-        parts = [self._answer(chain, part) for part in images.split(self.samples or len(images))]
+        parts = [self._answer(chain, self._asked, part) for part in images.split(self.samples or len(images))]
         if len(parts) == 1:
             return parts[0]
         targets = zip(*(part.targets for part in parts), strict=True)
         return Answers(torch.cat([part.logits for part in parts]), tuple(torch.cat(some) for some in targets))
 
+    def memory(self, *, input_shape: tuple[int, int, int], batch_size: int, device: DeviceKind = "cpu") -> Guest:
+        """What it takes beside a student's step on batches of images (c, h, w).
+
+        Where :attr:`samples` is None it is chosen first: as many as stay below :data:`FORWARD_BYTES`, so that the
+        teacher's activations are a small matter; a function of the two networks alone, as a run that goes on needs it.
+        """
+        model = self.make()
+        pairs = self._pairs(chain_of(model), input_shape)
+
+        def ask(network: nn.Module, images: Tensor) -> Answers:
+            return self._answer(chain_of(network), pairs, images)
+
+        most = FORWARD_BYTES * (CUDA_FACTOR if device == "cuda" else 1)
+        samples = min(self.samples or batch_size, batch_size)
+        while True:
+            passed = forward_memory(model, ask, input_shape=input_shape, batch_size=samples, device=device)
+            if self.samples is not None or samples == 1 or passed.peak_bytes <= most:
+                break
+            samples = max(1, min(samples // 2, samples * most // passed.peak_bytes))
+        self.samples = samples
+        answers = -(-passed.output_bytes * batch_size // samples)
+        joining = answers if samples < batch_size else 0  # the parts' answers, and all of them in one
+        return Guest(passed.weight_bytes + answers, max(0, passed.peak_bytes - passed.output_bytes) + joining)
+
     def _ready(self, images: Tensor) -> Chain:
         if self._chain is None:
-            model = self._make().to(images.device).eval().requires_grad_(False)
+            model = self.make().to(images.device).eval().requires_grad_(False)
             self._chain = chain_of(model)
-            own = groups_of(self._chain, (images.shape[1], images.shape[2], images.shape[3])) if self._groups else ()
-            self._asked = {number: pair for number, pair in enumerate(paired(self._groups, own))}
+            self._asked = self._pairs(self._chain, (images.shape[1], images.shape[2], images.shape[3]))
         return self._chain
 
-    def _answer(self, chain: Chain, z: Tensor) -> Answers:
+    def _pairs(self, chain: Chain, input_shape: tuple[int, int, int]) -> tuple[tuple[Group, Group], ...]:
+        return paired(self._groups, groups_of(chain, input_shape)) if self._groups else ()
+
+    def _answer(self, chain: Chain, pairs: Sequence[tuple[Group, Group]], z: Tensor) -> Answers:
         if self._affine is not None:
             factor, offset = (value.to(z.device, z.dtype) for value in self._affine)
             z = z * factor + offset
         targets: dict[int, Tensor] = {}
         for i, block in enumerate(chain.blocks):
             z = block.module(z)
-            for number, (student, own) in self._asked.items():
+            for number, (student, own) in enumerate(pairs):
                 if own.last == i:
                     maps = attention_map(z, mapping=self._mapping, power=self._power, poolings=own.poolings)
                     targets[number] = normalised_maps(maps, student.size)
