@@ -58,7 +58,7 @@ def _changes(planner: Planner, budget_bytes: int) -> Iterator[str]:
         parts = next((n for n in counts if fits(micro_batches=n, allow_ghost_batchnorm=True)), None)
         if parts is not None:
             yield f"allow {parts} micro-batches, each with its own batch norm (--allow-ghost-batchnorm)"
-    unit = given["micro_batches"] or 1
+    unit = (given["micro_batches"] or 1) * given["group"]
     samples = unit * _most(lambda n: fits(batch_size=n * unit), planner.batch_size // unit)
     if samples:
         yield f"pass --batch {samples}"

@@ -48,7 +48,7 @@ class Teacher:
         own_statistics: Statistics | None = None,
     ) -> None:
         self.samples = samples
-        self.make, self._groups, self._mapping, self._power = make, tuple(groups), mapping, power
+        self._make, self.groups, self._mapping, self._power = make, tuple(groups), mapping, power
         self._affine = _renormalisation(student_statistics, own_statistics)
         self._chain: Chain | None = None
         self._asked: tuple[tuple[Group, Group], ...] = ()
@@ -62,6 +62,11 @@ class Teacher:
             return parts[0]
         targets = zip(*(part.targets for part in parts), strict=True)
         return Answers(torch.cat([part.logits for part in parts]), tuple(torch.cat(some) for some in targets))
+
+    def make(self) -> nn.Module:
+        """The network; random numbers that it draws are nobody's, so a run that goes on makes it again unnoticed."""
+        with torch.random.fork_rng():
+            return self._make()
 
     def memory(self, *, input_shape: tuple[int, int, int], batch_size: int, device: DeviceKind = "cpu") -> Guest:
         """What it takes beside a student's step on batches of images (c, h, w).
@@ -87,6 +92,10 @@ class Teacher:
         joining = answers if samples < batch_size else 0  # the parts' answers, and all of them in one
         return Guest(passed.weight_bytes + answers, max(0, passed.peak_bytes - passed.output_bytes) + joining)
 
+    def forget(self) -> None:
+        """Drops the network; the next question makes it again."""
+        self._chain, self._asked = None, ()
+
     def _ready(self, images: Tensor) -> Chain:
         if self._chain is None:
             model = self.make().to(images.device).eval().requires_grad_(False)
@@ -95,7 +104,7 @@ class Teacher:
         return self._chain
 
     def _pairs(self, chain: Chain, input_shape: tuple[int, int, int]) -> tuple[tuple[Group, Group], ...]:
-        return paired(self._groups, groups_of(chain, input_shape)) if self._groups else ()
+        return paired(self.groups, groups_of(chain, input_shape)) if self.groups else ()
 
     def _answer(self, chain: Chain, pairs: Sequence[tuple[Group, Group]], z: Tensor) -> Answers:
         if self._affine is not None:
