@@ -75,4 +75,5 @@ def run_images(record: RunRecord, *, split: Split, count: int) -> ImageSet:
         labels.append(int(source.labels[index]))
         if len(pixels) == count:
             break
-    return ImageSet(torch.stack(pixels), tuple(names), f"{source.name}, {split} split", torch.tensor(labels))
+    known = torch.tensor(labels) if record.embedding is None else None  # an embedding's largest element is no class
+    return ImageSet(torch.stack(pixels), tuple(names), f"{source.name}, {split} split", known)
