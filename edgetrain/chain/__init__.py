@@ -5,6 +5,7 @@ from edgetrain.chain.freezing import freeze
 from edgetrain.chain.measure_noise import measure_noise
 from edgetrain.chain.noise import BFLOAT16_NSR, BlockNoise, Noise, Way
 from edgetrain.chain.sampling import Keep, SampledNetwork, Stage
+from edgetrain.chain.tapping import Group, Tapped, groups_of
 
 __all__ = [
     "BFLOAT16_NSR",
@@ -12,15 +13,18 @@ __all__ = [
     "Block",
     "BlockNoise",
     "Chain",
+    "Group",
     "Keep",
     "Mode",
     "Noise",
     "SampledNetwork",
     "Stage",
     "State",
+    "Tapped",
     "Way",
     "chain_of",
     "freeze",
+    "groups_of",
     "measure_noise",
     "parts_of",
     "restore_state",

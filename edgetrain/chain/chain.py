@@ -109,6 +109,14 @@ class Chain:
         return tuple(shapes)
 
 
+class SelfCut(nn.Module):
+    """A module that says itself what its blocks are."""
+
+    def blocks(self) -> tuple[Block, ...]:
+        """At least one."""
+        raise NotImplementedError
+
+
 class Drawing(nn.Module):
     """A module that computes what ``drawn`` computes at the moment, and is cut as that is."""
 
@@ -127,7 +135,7 @@ def chain_of(model: nn.Module) -> Chain:
     Raises:
         ModelError: the model is empty.
     """
-    blocks = tuple(_blocks(model))
+    blocks = model.blocks() if isinstance(model, SelfCut) else tuple(_blocks(model))
     if not blocks:
         raise ModelError(
             found="a model without blocks", expected="at least one module", action="put layers into the Sequential"
@@ -164,6 +172,11 @@ def restore_state(state: State) -> None:
     """Puts back what :func:`saved_state` took."""
     for layer, saved in state:
         layer.saved = saved
+
+
+def block_of(name: str, module: nn.Module) -> Block:
+    """``module`` as a block, with what it refuses to do."""
+    return Block(name, module, _refusals(module))
 
 
 def _blocks(model: nn.Module) -> Iterator[Block]:

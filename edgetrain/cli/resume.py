@@ -46,6 +46,7 @@ def resume(
         freeze=training.freeze,
         image_size=None,
         learning_rate=training.learning_rate,
+        objective=training.objective,
         limit_train=training.limit_train,
         limit_test=training.limit_test,
         seed=record.seed,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
+from edgetrain.cli import objective_options
 from edgetrain.errors import DataError, UsageError, near_matches
 from edgetrain.units import format_mib, parse_size
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from edgetrain.planner import Plan
-    from edgetrain.train.run_record import RunRecord
+    from edgetrain.train.run_record import ObjectiveRecord, RunRecord
 
 PLANNED = "planned"
 CheckpointEvery = Annotated[
@@ -61,6 +62,16 @@ def train(
     ] = 0,
     image_size: Annotated[int | None, typer.Option(min=8, help="Side in pixels; images are resized.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak rate; default 0.4 per 512 samples.")] = None,
+    objective: objective_options.ObjectiveName = "cross-entropy",
+    label_smoothing: objective_options.LabelSmoothing = 0.0,
+    teacher: objective_options.TeacherRun = None,
+    teacher_outputs: objective_options.TeacherOutputs = None,
+    temperature: objective_options.Temperature = None,
+    alpha: objective_options.Alpha = None,
+    beta: objective_options.Beta = None,
+    attention_map: objective_options.AttentionMap = None,
+    margin: objective_options.Margin = None,
+    embedding: objective_options.Embedding = None,
     limit_train: Annotated[int | None, typer.Option(min=1, help="Use that many training images.")] = None,
     limit_test: Annotated[int | None, typer.Option(min=1, help="Use that many test images.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
@@ -75,6 +86,18 @@ def train(
     ] = False,
 ) -> None:
     """Train a network on images inside a hard memory cap."""
+    learned = objective_options.objective_record(
+        objective,
+        label_smoothing=label_smoothing,
+        teacher=teacher,
+        teacher_outputs=teacher_outputs,
+        temperature=temperature,
+        alpha=alpha,
+        beta=beta,
+        attention_map=attention_map,
+        margin=margin,
+        embedding=embedding,
+    )
     result = run_training(
         data=data,
         model=model,
@@ -89,6 +112,7 @@ def train(
         freeze=freeze,
         image_size=image_size,
         learning_rate=learning_rate,
+        objective=learned,
         limit_train=limit_train,
         limit_test=limit_test,
         seed=seed,
@@ -153,6 +177,7 @@ def run_training(
     freeze: int = 0,
     image_size: int | None,
     learning_rate: float | None,
+    objective: ObjectiveRecord | None = None,
     limit_train: int | None,
     limit_test: int | None,
     seed: int,
@@ -167,6 +192,7 @@ def run_training(
     """What ``edgetrain train`` does, as a value: the result that ``--json`` prints.
 
     Args:
+        objective: None: cross-entropy.
         resumed: the record of the run in ``out`` that goes on; None starts one.
     """
     import numpy as np
@@ -175,7 +201,7 @@ def run_training(
     from edgetrain.cli.model_argument import model_maker, sampled_maker
     from edgetrain.cli.progress import training_display
     from edgetrain.files import write_atomically
-    from edgetrain.planner import UniformMode
+    from edgetrain.planner import Plan, UniformMode
     from edgetrain.train import Recipe, Throttle
     from edgetrain.train.capped import train_capped
     from edgetrain.train.data import Loader, channel_statistics, open_source, sample_images
@@ -203,6 +229,7 @@ def run_training(
         raise UsageError(
             found=f"--learning-rate {learning_rate}", expected="a number above zero", action="write it like 0.1"
         )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     throttle = Throttle(pause_file=pause_file, max_celsius=max_temp)
     source = open_source(data, split="train", limit=limit_train, seed=seed)
     try:
@@ -211,22 +238,48 @@ def run_training(
         if not error.found.endswith("has no test split"):
             raise
         test_source = None
+    learned = objective or objective_options.objective_record()
+    if learned.name == "attention-transfer" and sample_modules is not None:
+        raise UsageError(
+            found="--sample-modules with --objective attention-transfer",
+            expected="one of them: a module that is left out has no attention",
+            action="leave --sample-modules out, or pass --objective distillation",
+        )
     make_model = model_maker(
-        model, num_classes=len(source.classes), in_channels=source.channels, pooling=pooling, frozen=freeze
+        model,
+        num_classes=learned.embedding or len(source.classes),
+        in_channels=source.channels,
+        pooling=pooling,
+        frozen=freeze,
     )
     side = image_size or default_image_size(source)
     input_shape = (source.channels, side, side)
-    batch_size = min(batch_size, len(source))
+    order = objective_options.order_of(learned, source)
+    batch_size = objective_options.whole_groups(learned, min(batch_size, len(source) if order is None else len(order)))
     chosen: UniformMode | Plan | None = None if mode == PLANNED else cast(UniformMode, mode)
     if plan_file is not None:
         chosen = read_plan(plan_file, channels=source.channels, images=len(source))
-        check_activations(chosen, make_model)
+        if learned.name != "attention-transfer":
+            check_activations(chosen, make_model)
         batch_size, *shape = chosen.input_shape
         input_shape = (shape[0], shape[1], shape[2])
     make_model = sampled_maker(make_model, sample_modules, input_shape=input_shape, seed=seed)
     recipe = Recipe(epochs=epochs, batch_size=batch_size, peak_rate=learning_rate, seed=seed)
     statistics = channel_statistics(source, input_shape, seed=seed) if resumed is None else (resumed.mean, resumed.std)
     mean, std = (np.asarray(values, dtype=np.float64) for values in statistics)
+    setup = objective_options.set_up(
+        learned,
+        make_model=make_model,
+        source=source,
+        input_shape=input_shape,
+        batch_size=batch_size,
+        statistics=(tuple(map(float, mean)), tuple(map(float, std))),
+        seed=seed,
+        device=device,
+    )
+    make_model = setup.make_model
+    if isinstance(chosen, Plan) and learned.name == "attention-transfer":
+        check_activations(chosen, make_model)
     record = resumed or RunRecord(
         model=model,
         pooling=pooling,
@@ -236,6 +289,7 @@ def run_training(
         mean=tuple(map(float, mean)),
         std=tuple(map(float, std)),
         seed=seed,
+        embedding=learned.embedding,
         training=Training(
             epochs=epochs,
             learning_rate=learning_rate,
@@ -245,6 +299,7 @@ def run_training(
             limit_train=limit_train,
             limit_test=limit_test,
             checkpoint_every=checkpoint_every,
+            objective=learned,
             threads=torch.get_num_threads(),
         ),
     )
@@ -252,7 +307,16 @@ def run_training(
 
     def make_batches() -> tuple[Any, Any]:
         shared: dict[str, Any] = {"image_size": input_shape, "mean": mean, "std": std, "seed": seed}
-        training = Loader(source, batch_size=batch_size, augment=True, shuffle=True, drop_last=True, **shared)
+        setup.start()
+        training = Loader(
+            source,
+            batch_size=batch_size,
+            augment=setup.augment,
+            shuffle=True,
+            drop_last=True,
+            order=setup.order,
+            **shared,
+        )
         loaders.append(training)
         if test_source is None:
             return training, None
@@ -273,10 +337,12 @@ def run_training(
             update_in_backward=update_in_backward,
             input_shape=input_shape,
             recipe=recipe,
+            objective=setup.objective,
+            guest=setup.guest,
             run_dir=out,
             record=record,
             budget_bytes=budget_bytes,
-            device="cuda" if torch.cuda.is_available() else "cpu",
+            device=device,
             resume=resumed is not None,
             watch=progress.watch,
             checkpoint_every=checkpoint_every,
@@ -288,6 +354,7 @@ def run_training(
         "mode": mode if plan_file is None else "plan",
         "sample_modules": sample_modules,
         "freeze": freeze,
+        "objective": learned.name,
         "predicted_step_seconds": None if run.plan.costed is None else run.plan.costed.step_seconds,
         "step_seconds": batch_size / run.history[-1].images_per_second,
         "classes": list(source.classes),

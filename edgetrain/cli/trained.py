@@ -37,7 +37,7 @@ def load_run(run_dir: Path) -> TrainedRun:
         StorageError: a file of the run is missing, damaged, or of another network.
     """
     record = RunRecord.read(run_dir)
-    classes, channels = len(record.classes), record.input_shape[0]
+    classes, channels = record.embedding or len(record.classes), record.input_shape[0]
     make = model_maker(record.model, num_classes=classes, in_channels=channels, pooling=record.pooling)
     if record.options:
         make = functools.partial(create_model, record.model, classes, in_channels=channels, **record.options)
@@ -46,7 +46,7 @@ def load_run(run_dir: Path) -> TrainedRun:
     plan = run_dir / "plan.json"
     about = About(
         name=record.model,
-        classes=record.classes,
+        classes=record.classes if record.embedding is None else (),
         plan=plan.read_text(encoding="utf-8") if plan.exists() else None,
         normalisation=Normalisation(record.mean, record.std),
     )
@@ -75,4 +75,5 @@ def run_images(record: RunRecord, *, split: Split, count: int) -> ImageSet:
         labels.append(int(source.labels[index]))
         if len(pixels) == count:
             break
-    return ImageSet(torch.stack(pixels), tuple(names), f"{source.name}, {split} split", torch.tensor(labels))
+    known = torch.tensor(labels) if record.embedding is None else None  # an embedding's largest element is no class
+    return ImageSet(torch.stack(pixels), tuple(names), f"{source.name}, {split} split", known)

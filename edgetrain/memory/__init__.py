@@ -21,6 +21,7 @@ from edgetrain.memory.cuda_allocator import (
     replay_snapshot,
 )
 from edgetrain.memory.estimate import Estimate, Line, estimate, estimate_measured, max_batch
+from edgetrain.memory.forward import ForwardMemory, Guest, forward_memory
 from edgetrain.memory.measure import Measurement, measure_peak, measure_process_growth
 from edgetrain.memory.measured_times import measured_times
 from edgetrain.memory.predicted_times import predicted_times
@@ -43,6 +44,8 @@ __all__ = [
     "Composition",
     "Costs",
     "Estimate",
+    "ForwardMemory",
+    "Guest",
     "Line",
     "Measurement",
     "MemoryEvent",
@@ -61,6 +64,7 @@ __all__ = [
     "estimate",
     "estimate_measured",
     "floor_bytes_per_pixel",
+    "forward_memory",
     "max_batch",
     "measure_costs",
     "measure_peak",

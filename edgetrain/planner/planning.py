@@ -21,7 +21,7 @@ from torch import nn
 from edgetrain.chain import Mode, chain_of
 from edgetrain.chain.noise import BFLOAT16_NSR, Noise
 from edgetrain.errors import UsageError
-from edgetrain.memory import Costs, measure_costs
+from edgetrain.memory import Costs, Guest, measure_costs
 from edgetrain.memory.estimate import DTYPES, Precision, from_trace
 from edgetrain.memory.measured_times import measured_times
 from edgetrain.memory.predicted_times import predicted_times
@@ -47,6 +47,7 @@ SNR_LIMIT = 1e4
 """Signal over noise (a ratio of powers) below which no activation may fall."""
 
 _ROUNDS = 12
+_NOBODY = Guest()
 
 
 def plan(
@@ -66,6 +67,8 @@ def plan(
     stored_precision: StoredPrecision | None = None,
     times: Times | None = None,
     noise: Noise | None = None,
+    guest: Guest = _NOBODY,
+    group: int = 1,
 ) -> Plan:
     """The fastest training step whose predicted peak fits ``budget``.
 
@@ -92,6 +95,8 @@ def plan(
         times: of a step at this batch size; None: measured here, or from the profile's rates.
         noise: of the model; None: measured with samples of random numbers. Real samples are better, see
             :func:`edgetrain.chain.measure_noise`.
+        guest: what shares the memory with the step, such as a teacher.
+        group: samples that micro-batches must not part: 3 for triplets, 2 for pairs.
 
     Raises:
         BudgetError: nothing fits; names the smallest feasible peak and the cheapest changes that would.
@@ -113,6 +118,8 @@ def plan(
         stored_precision=stored_precision,
         times=times,
         noise=noise,
+        guest=guest,
+        group=group,
     ).plan(budget)
 
 
@@ -136,6 +143,8 @@ class Planner:
         stored_precision: StoredPrecision | None = None,
         times: Times | None = None,
         noise: Noise | None = None,
+        guest: Guest = _NOBODY,
+        group: int = 1,
     ) -> None:
         if precision not in DTYPES:
             raise UsageError(
@@ -149,7 +158,10 @@ class Planner:
         self.shapes(input_shape)  # names the block that does not take its input
         self._blocks = self._chain.blocks
         self._few = allow_ghost_batchnorm
-        self._counts = micro_batch_counts(model, batch_size, micro_batches, allow_ghost_batchnorm=self._few)
+        self._guest = guest
+        self._counts = micro_batch_counts(
+            model, batch_size, micro_batches, allow_ghost_batchnorm=self._few, group=group
+        )
         if update_in_backward:
             if self._counts[0] > 1:
                 raise UsageError(
@@ -173,6 +185,8 @@ class Planner:
             "snr_limit": snr_limit,
             "noise": noise,
             "stored_precision": stored_precision,
+            "guest": guest,
+            "group": group,
         }
         self._any_times: Times | None = None
         self._noise = None if noise is None else noise.in_dtype(DTYPES[precision])
@@ -286,9 +300,9 @@ class Planner:
         return [(self._search(self.batch_size // n)[0].least(), n) for n in self._counts]
 
     def costs(self, samples: int) -> Costs:
-        """Bytes of every instruction on a batch of ``samples``."""
+        """Bytes of every instruction on a batch of ``samples``; what a guest holds is among the weights."""
         if samples not in self._costs:
-            self._costs[samples] = measure_costs(
+            own = measure_costs(
                 self.model,
                 input_shape=self.input_shape,
                 batch_size=samples,
@@ -297,6 +311,7 @@ class Planner:
                 loss=self._loss,
                 device=self.place.kind,
             )
+            self._costs[samples] = replace(own, weight_bytes=own.weight_bytes + self._guest.standing_bytes)
         return self._costs[samples]
 
     def _search(self, samples: int) -> tuple[Search, Times]:
@@ -335,7 +350,17 @@ class Planner:
         """``candidate`` as one of ``count`` micro-batches."""
         samples = self.batch_size // count
         after = sum(block.update for block in self._search(samples)[1].blocks)
-        return at_micro_batches(candidate, count, standing_bytes=self._standing_bytes(count), after=after)
+        whole = at_micro_batches(candidate, count, standing_bytes=self._standing_bytes(count), after=after)
+        return replace(whole, peak_bytes=max(whole.peak_bytes, self._before_bytes(count)))
+
+    def _before_bytes(self, count: int) -> int:
+        """Most bytes before the step, or one of ``count`` micro-batches, when the guest is busy; 0 without one."""
+        if not self._guest.before_bytes:
+            return 0
+        costs = self.costs(self.batch_size // count)
+        batch_bytes = math.prod(costs.shapes[0]) * costs.element_bytes[0]
+        resident = costs.weight_bytes + costs.optimizer_bytes + batch_bytes
+        return resident + self._standing_bytes(count) + self._guest.before_bytes
 
     def _standing_bytes(self, count: int) -> int:
         """What stays from one of ``count`` micro-batches to the next: gradients, and the rest of the batch."""
@@ -349,6 +374,8 @@ class Planner:
         samples = self.batch_size // count
         search, _ = self._search(samples)
         standing = self._standing_bytes(count)
+        if budget_bytes is not None and self._before_bytes(count) > budget_bytes:
+            return None
         limit = search.uniform["keep_all"].peak_bytes if budget_bytes is None else budget_bytes - standing
         target = limit
         for left in reversed(range(_ROUNDS)):

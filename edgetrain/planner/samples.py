@@ -24,19 +24,29 @@ def mixing_layer(model: nn.Module) -> str | None:
 
 
 def micro_batch_counts(
-    model: nn.Module, batch_size: int, asked: int | None, *, allow_ghost_batchnorm: bool
+    model: nn.Module, batch_size: int, asked: int | None, *, allow_ghost_batchnorm: bool, group: int = 1
 ) -> tuple[int, ...]:
     """Numbers of micro-batches to try, in this order.
 
+    Args:
+        group: samples that stay together.
+
     Raises:
-        UsageError: the number asked for does not divide the batch, or changes what is computed.
+        UsageError: the number asked for does not divide the batch, parts a group, or changes what is computed.
     """
     mixing = mixing_layer(model)
+    if batch_size % group:
+        raise UsageError(
+            found=f"a batch of {batch_size} for groups of {group}",
+            expected="whole groups",
+            action=f"choose a multiple of {group}",
+        )
     if asked is not None:
-        if asked < 1 or batch_size % asked:
+        if asked < 1 or batch_size % (asked * group):
+            together = "" if group == 1 else f" into groups of {group}"
             raise UsageError(
                 found=f"{asked} micro-batches of a batch of {batch_size}",
-                expected="a number that divides the batch",
+                expected=f"a number that divides the batch{together}",
                 action="choose another batch size or number",
             )
         if asked > 1 and mixing and not allow_ghost_batchnorm:
@@ -48,12 +58,12 @@ def micro_batch_counts(
         return (asked,)
     if mixing and not allow_ghost_batchnorm:
         return (1,)
-    return possible_counts(batch_size)
+    return possible_counts(batch_size, group)
 
 
-def possible_counts(batch_size: int) -> tuple[int, ...]:
-    """Numbers of equal micro-batches of two samples at least."""
-    return tuple(n for n in _MICRO_BATCHES if n == 1 or (batch_size % n == 0 and batch_size // n >= 2))
+def possible_counts(batch_size: int, group: int = 1) -> tuple[int, ...]:
+    """Numbers of equal micro-batches of two samples at least, and of whole groups."""
+    return tuple(n for n in _MICRO_BATCHES if n == 1 or (batch_size % (n * group) == 0 and batch_size // n >= 2))
 
 
 def probed_noise(model: nn.Module, input_shape: tuple[int, int, int]) -> Noise:

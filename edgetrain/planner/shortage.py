@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from edgetrain.chain import SampledNetwork, freeze, parts_of
+from edgetrain.chain import SampledNetwork, Tapped, freeze, parts_of
 from edgetrain.errors import BudgetError, EdgetrainError, ModelError
 from edgetrain.planner.samples import mixing_layer, possible_counts
 from edgetrain.units import MIB, format_mib
@@ -54,11 +54,11 @@ def _changes(planner: Planner, budget_bytes: int) -> Iterator[str]:
     if not planner.updates_in_backward and fits(update_in_backward=True):
         yield "step the optimiser in the backward pass (--update-in-backward)"
     if mixing_layer(planner.model) and not given["allow_ghost_batchnorm"] and given["micro_batches"] is None:
-        counts = possible_counts(planner.batch_size)[1:]
+        counts = possible_counts(planner.batch_size, planner.arguments["group"])[1:]
         parts = next((n for n in counts if fits(micro_batches=n, allow_ghost_batchnorm=True)), None)
         if parts is not None:
             yield f"allow {parts} micro-batches, each with its own batch norm (--allow-ghost-batchnorm)"
-    unit = given["micro_batches"] or 1
+    unit = (given["micro_batches"] or 1) * given["group"]
     samples = unit * _most(lambda n: fits(batch_size=n * unit), planner.batch_size // unit)
     if samples:
         yield f"pass --batch {samples}"
@@ -73,7 +73,11 @@ def _changes(planner: Planner, budget_bytes: int) -> Iterator[str]:
     if smaller is not None:
         yield f"lower the resolution (--input {'x'.join(map(str, smaller))})"
     # of a sampled network other blocks are counted: it is frozen first and sampled then
-    blocks = 0 if isinstance(planner.model, SampledNetwork) else _fewest_frozen(planner.model, lambda n: fits(frozen=n))
+    blocks = (
+        0
+        if isinstance(planner.model, SampledNetwork | Tapped)
+        else _fewest_frozen(planner.model, lambda n: fits(frozen=n))
+    )
     if blocks:
         yield f"freeze the first blocks (--freeze {blocks})"
 

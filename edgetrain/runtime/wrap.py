@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from edgetrain.chain import Block, Chain, SampledNetwork, chain_of
 from edgetrain.errors import ModelError
+from edgetrain.nn.attention import AttentionTap
 from edgetrain.runtime.executor import Execution
 from edgetrain.runtime.program import Program, Update
 
@@ -89,7 +90,19 @@ class Wrapped(nn.Module):
             return y
         # the anchor makes the result require a gradient although no parameter passes through the function
         anchor = torch.empty(0, requires_grad=True)
-        return _Step.apply(x, anchor, self)
+        taps = self._taps()
+        if not taps:
+            logits: Tensor = _Step.apply(x, anchor, self)
+            return logits
+        logits, *terms = _Step.apply(x, anchor, self)
+        for tap, term in zip(taps, terms, strict=True):
+            tap.term = term
+        return logits
+
+    def _taps(self) -> list[AttentionTap]:
+        """Those of the chain that have a target for the next step."""
+        modules = [block.module for block in self._chain.blocks]
+        return [module for module in modules if isinstance(module, AttentionTap) and module.target is not None]
 
     def blocks(self) -> tuple[Block, ...]:
         """The blocks that a step runs now."""
@@ -119,21 +132,38 @@ def wrap(model: nn.Module, plan: Planned, *, optimizer: OptimizerFactory | None 
 
 
 class _Step(torch.autograd.Function):
+    """The chain as one function: logits and, where attention is tapped, the terms of the loss (scalars)."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, wrapped: Wrapped) -> Tensor:
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, wrapped: Wrapped) -> Tensor | tuple[Tensor, ...]:
         blocks = wrapped.blocks()
         ctx.execution = Execution(wrapped.plan.program, blocks, update=lambda i: wrapped._update(blocks[i]))
+        ctx.taps = wrapped._taps()
         y: Tensor = ctx.execution.forward(x)
-        return y.view_as(y)
+        if not ctx.taps:
+            return y.view_as(y)
+        return y.view_as(y), *(_term_of(tap) for tap in ctx.taps)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, dy: Tensor, *scales: Tensor) -> tuple[Tensor | None, None, None]:
         if ctx.execution is None:
             raise RuntimeError("backward was called twice on one step of a wrapped model: run the forward pass again")
         execution: Execution
         execution, ctx.execution = ctx.execution, None
-        return execution.backward(dy), None, None
+        for tap, scale in zip(ctx.taps, scales, strict=True):
+            tap.scale = scale
+        try:
+            return execution.backward(dy), None, None
+        finally:
+            for tap in ctx.taps:
+                tap.scale = None
+
+
+def _term_of(tap: AttentionTap) -> Tensor:
+    assert tap.term is not None
+    term, tap.term = tap.term.detach(), None
+    return term
 
 
 def _check(chain: Chain, program: Program) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from edgetrain.chain import SampledNetwork
 from edgetrain.errors import BudgetError
+from edgetrain.memory import Guest
 from edgetrain.models import create_model
 from edgetrain.nn.slices import SLICE_BYTES
 from edgetrain.planner import Plan, UniformMode, uniform_plan
@@ -87,6 +88,7 @@ def train_capped(
     changes: Collection[Change] = CHANGES,
     sample: Tensor | None = None,
     update_in_backward: bool = False,
+    guest: Guest | None = None,
 ) -> CappedRun:
     """Trains and evaluates inside ``budget_bytes``.
 
@@ -103,6 +105,7 @@ def train_capped(
         changes: what an error may advise.
         sample: some images (n, c, h, w), for a plan.
         update_in_backward: whether that plan steps the optimiser block by block.
+        guest: what the objective has in memory beside a step, such as a teacher; None: nothing.
 
     Raises:
         BudgetError: the budget does not even hold the weights, or the cap was hit; names what would fit.
@@ -117,18 +120,19 @@ def train_capped(
                 mode=uniform,
                 input_shape=input_shape,
                 batch_size=recipe.batch_size,
-                budget_bytes=budget_bytes,
+                budget_bytes=budget_bytes - beside.standing_bytes,
                 device=device,
                 changes=allowed,
             ).result()
 
+    beside = guest or Guest()
     target = select_target(device)
     if budget_bytes is not None:
         # blocks larger than a slice go back to the kernel when they are freed: no holes that count and serve nobody
         return_large_blocks(2 * SLICE_BYTES)
     warm_up(device)
     if budget_bytes is not None:
-        check_budget(make_model, budget_bytes)
+        check_budget(make_model, budget_bytes, standing_bytes=beside.standing_bytes)
     how: UniformMode | Plan | None = mode
     if how is None:
         how = planned(
@@ -139,6 +143,8 @@ def train_capped(
             device=device,
             sample=sample,
             update_in_backward=update_in_backward,
+            objective=objective,
+            guest=beside,
         )
     if how is None:
         assert budget_bytes is not None
@@ -197,8 +203,11 @@ def warm_up(device: str) -> None:
     ready_thread()
 
 
-def check_budget(make_model: ModelMaker, budget_bytes: int) -> None:
+def check_budget(make_model: ModelMaker, budget_bytes: int, *, standing_bytes: int = 0) -> None:
     """Refuses a budget that does not hold weights, gradients and momentum, before anything is allocated.
+
+    Args:
+        standing_bytes: of what is there besides, such as a teacher.
 
     Raises:
         BudgetError: with the bytes needed.
@@ -215,13 +224,14 @@ def check_budget(make_model: ModelMaker, budget_bytes: int) -> None:
     drawn = model.drawn if isinstance(model, SampledNetwork) else model  # what has gradients in one step
     trained = [p.numel() * p.element_size() for p in model.parameters() if p.requires_grad]
     gradients = sum(p.numel() * p.element_size() for p in drawn.parameters() if p.requires_grad)
-    needed = parameters + sum(trained) + gradients + buffers
+    needed = parameters + sum(trained) + gradients + buffers + standing_bytes
     if budget_bytes <= needed:
         frozen = "" if sum(trained) == parameters else ", some of which are frozen"
+        besides = f", and {format_mib(standing_bytes)} of the teacher" if standing_bytes else ""
         raise BudgetError(
             found=f"a budget of {format_mib(budget_bytes)}",
             expected=f"more than {format_mib(needed)}: weights, gradients and momentum of "
-            f"{sum(p.numel() for p in model.parameters()):,} parameters{frozen}, before any activation",
+            f"{sum(p.numel() for p in model.parameters()):,} parameters{frozen}{besides}, before any activation",
             action=f"raise --budget above {format_mib(needed)} or choose a smaller --model",
         )
 

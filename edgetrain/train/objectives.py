@@ -1,13 +1,17 @@
-"""What a step makes smaller: the loss of a batch."""
+"""What a step makes smaller: the loss of a batch, and the roles of objectives that need more than outputs and labels.
+
+See :mod:`edgetrain.train.distillation` for teachers and :mod:`edgetrain.train.embeddings` for triplets and pairs.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Objective(Protocol):
@@ -19,6 +23,42 @@ class Objective(Protocol):
 
     def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """The mean loss, a scalar, of ``outputs`` (n, k) for ``labels`` (n)."""
+        ...
+
+
+@runtime_checkable
+class Preparing(Protocol):
+    """An objective that looks at the images before the network runs on them, when its activations are not there yet."""
+
+    def prepare(self, images: Tensor, indices: Tensor | None, model: nn.Module) -> None:
+        """Before each part of a batch.
+
+        Args:
+            images: (n, c, h, w), as the network gets them.
+            indices: of the images in their source, (n,); None where nobody knows.
+            model: what is trained.
+        """
+        ...
+
+
+@runtime_checkable
+class Grouping(Protocol):
+    """An objective over groups of samples that follow each other in a batch.
+
+    Attributes:
+        group: samples in one; a batch is split between groups only.
+    """
+
+    group: int
+
+    def correct(self, outputs: Tensor, labels: Tensor) -> int:
+        """How many of the samples are as they should be."""
+        ...
+
+    def accuracy(
+        self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: str | torch.device
+    ) -> float | None:
+        """Of ``model`` on ``batches``, 0..1; None where it cannot be told."""
         ...
 
 

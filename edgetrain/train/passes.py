@@ -34,10 +34,13 @@ class Pass:
 
     Attributes:
         done: batches of the epoch that were handed out or left out.
+        indices: of the images of the last batch in their source, (n,); None where the batches do not tell.
     """
 
     def __init__(self, batches: Batches, *, first: int, start: RandomState, now: RandomState | None) -> None:
         self.done = first
+        self.indices: Tensor | None = None
+        self._source = batches
         self._loader = batches if isinstance(batches, Loader) else None
         if now is not None:
             start.restore(*generators_of(batches))
@@ -56,4 +59,5 @@ class Pass:
     def __next__(self) -> Batch:
         batch = next(self._batches)
         self.done = self.done + 1 if self._loader is None else self._loader.done
+        self.indices = getattr(self._source, "indices", None)
         return batch

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from edgetrain.chain import chain_of, measure_noise
+from edgetrain.memory import Guest, classification_loss
 from edgetrain.planner import Plan, Planner, UniformMode, uniform_plan
 from edgetrain.targets import release_free_memory
+from edgetrain.train.objectives import Grouping, Objective
 from edgetrain.train.recipe import Recipe
 from edgetrain.train.trial import Trial, Trials
 from edgetrain.units import KIB, MIB, format_mib
@@ -28,6 +30,7 @@ LEAN: UniformMode = "invert_layerwise"
 
 _LIBRARY_BYTES, _KERNEL_BYTES = 8 * MIB, 200 * KIB
 _SHARE, _SMALLER = 0.95, 0.92
+_NOBODY = Guest()
 
 
 def planned(
@@ -39,6 +42,8 @@ def planned(
     device: str = "cpu",
     sample: Tensor | None = None,
     update_in_backward: bool = False,
+    objective: Objective | None = None,
+    guest: Guest = _NOBODY,
 ) -> Plan | None:
     """The fastest plan whose run stays inside ``budget_bytes``; None where not even the leanest does.
 
@@ -47,6 +52,8 @@ def planned(
         input_shape: (c, h, w).
         sample: some images (n, c, h, w), on which the noise of inversions is measured; None: random numbers.
         update_in_backward: step the optimiser of each block as soon as its gradients are there.
+        objective: None: cross-entropy.
+        guest: what it has in memory beside the step.
     """
     torch.manual_seed(recipe.seed)
     model = make_model().to(device)
@@ -58,6 +65,9 @@ def planned(
         optimizer=recipe.optimizer_for(model),
         update_in_backward=update_in_backward,
         noise=None if sample is None else measure_noise(model, sample),
+        loss=getattr(objective, "rehearsal", classification_loss),
+        guest=guest,
+        group=objective.group if isinstance(objective, Grouping) else 1,
     )
     if budget_bytes is None:
         return planner.plan()
@@ -70,7 +80,7 @@ def planned(
     found: Plan | None = None
 
     def trial(plan: Plan) -> Trial:
-        return Trial(make_model, plan, input_shape, recipe.batch_size, budget_bytes, device)
+        return Trial(make_model, plan, input_shape, recipe.batch_size, budget_bytes, device, objective)
 
     with Trials() as trials:
         while found is None:

@@ -17,6 +17,38 @@ from edgetrain.files import write_atomically
 NAME = "run.json"
 
 
+ObjectiveKind = Literal["cross-entropy", "distillation", "attention-transfer", "triplet", "contrastive"]
+
+
+class ObjectiveRecord(BaseModel):
+    """What a run learns from.
+
+    Attributes:
+        teacher: directory of its run, absolute; ``teacher_outputs``: folder of its stored outputs, likewise.
+        alpha, beta, margin: None: the objective's own.
+        attention_map: over the channels, and the power: ``sum2``.
+        embedding: width of the output of a network that embeds.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    name: ObjectiveKind = "cross-entropy"
+    label_smoothing: float = Field(default=0.0, ge=0, le=1)
+    teacher: str | None = None
+    teacher_outputs: str | None = None
+    temperature: float = Field(default=4.0, gt=0)
+    alpha: float | None = Field(default=None, ge=0, le=1)
+    beta: float | None = Field(default=None, ge=0)
+    attention_map: str = Field(default="sum2", pattern="^(sum|max)[1-9]$")
+    margin: float | None = Field(default=None, gt=0)
+    embedding: int | None = Field(default=None, ge=1)
+
+    @property
+    def mapping(self) -> tuple[Literal["sum", "max"], int]:
+        """Over the channels, and the power."""
+        return ("max" if self.attention_map.startswith("max") else "sum"), int(self.attention_map[-1])
+
+
 class Training(BaseModel):
     """How ``edgetrain train`` was called, as far as the plan and the rest of the record do not say it.
 
@@ -34,6 +66,7 @@ class Training(BaseModel):
     limit_train: int | None
     limit_test: int | None
     checkpoint_every: int | None
+    objective: ObjectiveRecord = ObjectiveRecord()
     threads: int = Field(ge=1)
 
 
@@ -49,6 +82,7 @@ class RunRecord(BaseModel):
         input_shape: (c, h, w).
         mean, std: per channel, by which the images 0..1 were normalised.
         seed: of the run.
+        embedding: width of the output where that is an embedding; None: it has a logit for each class.
         training: what ``edgetrain resume`` needs besides; None: the run was started from Python.
     """
 
@@ -64,6 +98,7 @@ class RunRecord(BaseModel):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     seed: int
+    embedding: int | None = None
     training: Training | None = None
 
     def write(self, run_dir: Path) -> None:

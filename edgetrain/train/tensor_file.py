@@ -138,6 +138,25 @@ class TensorFile:
         self._read(name, _bytes_of(tensor))
         return tensor
 
+    def rows(self, name: str, indices: Tensor) -> Tensor:
+        """Some of the tensor ``name``: those at ``indices`` (n,) of its first dimension, on the CPU.
+
+        Raises:
+            StorageError: as :meth:`tensor`, or there is no such row.
+        """
+        count, *shape = self.shape(name)
+        tensor = torch.empty((len(indices), *shape), dtype=self.dtype(name))
+        row_bytes = math.prod(shape) * tensor.element_size()
+        for k, index in enumerate(indices.tolist()):
+            if not 0 <= index < count:
+                raise StorageError(
+                    found=f"row {index} of {name} in {self.path}, which has {count}",
+                    expected="a row that was written",
+                    action="make the file again",
+                )
+            self._read(name, _bytes_of(tensor[k]), first=index * row_bytes)
+        return tensor
+
     def copy_to(self, name: str, place: Tensor) -> None:
         """Puts the tensor ``name`` into ``place``, of its shape and type; without a copy where that is possible.
 
@@ -149,9 +168,9 @@ class TensorFile:
         else:
             place.copy_(self.tensor(name))
 
-    def _read(self, name: str, rest: memoryview) -> None:
+    def _read(self, name: str, rest: memoryview, *, first: int = 0) -> None:
         with self.path.open("rb", buffering=0) as file:
-            file.seek(self._start + self._header[name]["data_offsets"][0])
+            file.seek(self._start + self._header[name]["data_offsets"][0] + first)
             while len(rest):
                 count = file.readinto(rest)
                 if not count:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgetrain.chain import SampledNetwork
+from edgetrain.chain import SampledNetwork, Tapped
 from edgetrain.errors import TrainingError
 from edgetrain.files import write_atomically
 from edgetrain.planner import Plan
@@ -31,7 +31,7 @@ from edgetrain.train.checkpoint import (
     save_checkpoint,
 )
 from edgetrain.train.evaluation import evaluate
-from edgetrain.train.objectives import CrossEntropy, Objective
+from edgetrain.train.objectives import CrossEntropy, Grouping, Objective, Preparing
 from edgetrain.train.passes import Batch, Batches, Pass
 from edgetrain.train.random_state import RandomState, generators_of
 from edgetrain.train.recipe import Recipe
@@ -65,7 +65,7 @@ class Trainer:
         throttle: when to wait between steps.
 
     Attributes:
-        model: the module being trained, of a sampled one the whole network.
+        model: the module being trained, of a sampled one the whole network, of a tapped one that without taps.
         history: one record per finished epoch.
     """
 
@@ -84,7 +84,8 @@ class Trainer:
         throttle: Throttle | None = None,
     ) -> None:
         self._sampled = model if isinstance(model, SampledNetwork) else None
-        self.model = model.to(device) if self._sampled is None else self._sampled.to(device).model
+        model = model.to(device)
+        self.model = model.model if isinstance(model, SampledNetwork | Tapped) else model
         self.plan = plan
         self.run_dir = Path(run_dir)
         self._record = record
@@ -187,7 +188,7 @@ class Trainer:
         one_pass = Pass(batches, first=position.batch, start=self._start, now=now)
         began = time.perf_counter() - position.seconds
         for images, labels in one_pass:
-            loss, hits = self._train_step(images.to(self.device), labels.to(self.device), per_epoch)
+            loss, hits = self._train_step(images.to(self.device), labels.to(self.device), one_pass.indices, per_epoch)
             position.batch = one_pass.done
             position.seen += len(labels)
             position.correct += hits
@@ -231,7 +232,8 @@ class Trainer:
             with self._whole(batches, stop, last=position.epoch + 1 == self.recipe.epochs):
                 accuracy = None
                 if test_batches is not None:
-                    accuracy = evaluate(self.model, stop.watched(test_batches), device=self.device)
+                    measure = self.objective.accuracy if isinstance(self.objective, Grouping) else evaluate
+                    accuracy = measure(self.model, stop.watched(test_batches), device=self.device)
         except StopAskedError:
             assert stop.asked is not None
             if self._sampled is None:
@@ -259,7 +261,7 @@ class Trainer:
         self._sampled.recalibrate(some)
         return self._sampled.whole()
 
-    def _train_step(self, images: Tensor, labels: Tensor, per_epoch: int) -> tuple[float, int]:
+    def _train_step(self, images: Tensor, labels: Tensor, indices: Tensor | None, per_epoch: int) -> tuple[float, int]:
         position = self._position
         if self._sampled is not None:
             self._sampled.draw(position.step)  # all parts of a batch run the same modules
@@ -267,8 +269,13 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = self.recipe.rate(position.step, self.recipe.epochs * per_epoch)
         value, hits = 0.0, 0
-        part = -(-len(labels) // self.plan.micro_batches)
-        for some_images, some_labels in zip(images.split(part), labels.split(part), strict=True):
+        together = self.objective.group if isinstance(self.objective, Grouping) else 1
+        part = -(-len(labels) // (self.plan.micro_batches * together)) * together
+        for start in range(0, len(labels), part):
+            some_images, some_labels = images[start : start + part], labels[start : start + part]
+            if isinstance(self.objective, Preparing):
+                some_indices = None if indices is None else indices[start : start + part]
+                self.objective.prepare(some_images, some_indices, self._net.model)
             logits = self._net(some_images)
             # the parts' gradients add up to that of the batch's mean loss
             loss = self.objective(logits, some_labels) * (len(some_labels) / len(labels))
@@ -280,12 +287,17 @@ class Trainer:
                     action=f"lower the learning rate; the last good state is in {self.checkpoint}",
                 )
             loss.backward()
-            hits += int((logits.detach().argmax(1) == some_labels).sum())
+            hits += self._correct(logits.detach(), some_labels)
         if self._last is not None:
             self._last.step()
             self._last.zero_grad(set_to_none=True)
         position.step += 1
         return value, hits
+
+    def _correct(self, outputs: Tensor, labels: Tensor) -> int:
+        if isinstance(self.objective, Grouping):
+            return self.objective.correct(outputs, labels)
+        return int((outputs.argmax(1) == labels).sum())
 
     def _trained(self) -> list[nn.Parameter] | list[dict[str, Any]]:
         if self._sampled is not None:

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 import numpy as np
@@ -33,6 +33,8 @@ from edgetrain.targets import return_large_blocks, select_target
 from edgetrain.train.data.normalise import normalised
 from edgetrain.train.data.prefetch import prefetched
 from edgetrain.train.data.source import Pixels
+from edgetrain.train.embeddings import Contrastive, Triplet
+from edgetrain.train.objectives import Objective
 from edgetrain.train.passes import Batch
 from edgetrain.train.recipe import Recipe
 from edgetrain.train.trainer import Trainer
@@ -52,6 +54,7 @@ class Trial:
 
     Attributes:
         plan: one mode for all blocks, or a plan.
+        objective: None: cross-entropy.
         input_shape: (c, h, w).
     """
 
@@ -61,6 +64,7 @@ class Trial:
     batch_size: int
     budget_bytes: int
     device: str = "cpu"
+    objective: Objective | None = None
 
 
 class Trials:
@@ -195,15 +199,19 @@ def _train(trial: Trial) -> None:
     # of no rate: a network that diverges says nothing of memory
     recipe = Recipe(epochs=1, batch_size=n, peak_rate=0.0)
     with tempfile.TemporaryDirectory(prefix="edgetrain-trial-") as folder:
-        trainer = Trainer(model, plan, run_dir=folder, recipe=recipe, device=trial.device)
+        objective = trial.objective
+        if isinstance(objective, Triplet | Contrastive):
+            objective = replace(objective, references=lambda: _Noise([tested], shape))
+        trainer = Trainer(model, plan, run_dir=folder, recipe=recipe, objective=objective, device=trial.device)
         trainer.fit(_Noise([n, n], shape), _Noise([tested, max(1, tested // 2)], shape))
 
 
 class _Noise:
-    """Batches of noise, made ahead by a thread as those of a loader are."""
+    """Batches of noise, made ahead by a thread as those of a loader are; they pass for the first image."""
 
     def __init__(self, batch_sizes: list[int], image_size: tuple[int, int, int]) -> None:
         self._batch_sizes = batch_sizes
+        self.indices = torch.zeros(max(batch_sizes), dtype=torch.long)
         self._image_size = image_size
 
     def __len__(self) -> int:

@@ -20,20 +20,23 @@ from torch import Tensor
 from edgetrain.errors import DataError, UsageError
 from edgetrain.train.data.augment import augment_image, choose
 from edgetrain.train.data.fit import ImageSize, check_image_size, fit_image
+from edgetrain.train.data.groups import Order
 from edgetrain.train.data.normalise import check_statistic, normalised
 from edgetrain.train.data.prefetch import prefetched
-from edgetrain.train.data.source import BrokenImage, Labels, Pixels, Source
+from edgetrain.train.data.source import BrokenImage, Pixels, Source
 from edgetrain.train.data.subset import Indices, is_mirror_invariant
 
 _log = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]
+_Raw = tuple[int, Pixels, Indices]
 
 
 class Loader:
     """Gives batches of ``(images (n, c, h, w) float32, labels (n,) int64)``.
 
-    A broken image is logged once and left out: its batch is smaller, and a batch of none is left out.
+    A broken image is logged once and left out, and all of its group with it: its batch is smaller, and a batch of none
+    is left out.
 
     Args:
         image_size: (c, h, w) to which every image is brought.
@@ -41,11 +44,13 @@ class Loader:
         drop_last: leave out a last batch that is smaller.
         mean, std: per channel on the scale 0..1, as ``channel_statistics`` gives them; None leaves 0..1.
         flip: whether augmentation mirrors; None asks the source (digits are not mirrored).
+        order: of the images, in groups that stay together; None: each image once, as ``shuffle`` says.
 
     Attributes:
         broken: (path, reason) of the broken images met in this pass, or in the last one.
         epoch: which order and augmentation comes next.
         done: batches of this pass handed out so far, those left out included.
+        indices: of the images of the last batch handed out in the source, (n,); None before the first.
 
     Raises:
         UsageError: an argument out of range.
@@ -65,21 +70,30 @@ class Loader:
         mean: npt.ArrayLike | None = None,
         std: npt.ArrayLike | None = None,
         flip: bool | None = None,
+        order: Order | None = None,
     ) -> None:
         check_image_size(image_size)
         _check_least("batch size", batch_size, 1)
         _check_least("seed", seed, 0)
-        if drop_last and len(source) < batch_size:
+        self._order, images = order, len(source) if order is None else len(order)
+        if drop_last and images < batch_size:
             raise DataError(
-                found=f"{source.name} has {len(source)} images for a batch size of {batch_size}",
+                found=f"{source.name} has {images} images for a batch size of {batch_size}",
                 expected="at least one whole batch",
-                action=f"lower the batch size to {len(source)} or keep the last batch",
+                action=f"lower the batch size to {images} or keep the last batch",
+            )
+        if order is not None and batch_size % order.group:
+            raise UsageError(
+                found=f"a batch size of {batch_size} for groups of {order.group} images",
+                expected="whole groups",
+                action=f"choose a multiple of {order.group}",
             )
         self.source = source
         self.batch_size = batch_size
         self.image_size = image_size
         self.epoch = 0
         self.done = 0
+        self.indices: Tensor | None = None
         self.broken: list[tuple[str, str]] = []
         self._augment = augment
         self._shuffle = shuffle
@@ -89,7 +103,7 @@ class Loader:
         self._std = check_statistic(std, image_size[0], "std", default=1.0)
         grey = self._mean if mean is not None else np.full(image_size[0], 0.5)
         self._fill: Pixels = np.clip(np.rint(grey * 255), 0, 255).astype(np.uint8)  # (c,)
-        self._images = len(source) - (len(source) % batch_size if drop_last else 0)
+        self._images = images - (images % batch_size if drop_last else 0)
         self._logged: set[str] = set()
 
     def __len__(self) -> int:
@@ -121,16 +135,19 @@ class Loader:
 
     def _pass(self, epoch: int, start_batch: int) -> Iterator[Batch]:
         self.broken = []
-        order = np.arange(len(self.source), dtype=np.int64)
-        if self._shuffle:
-            order = np.random.default_rng((self._seed, epoch)).permutation(order)
+        if self._order is not None:
+            order = self._order(seed=self._seed, epoch=epoch)
+        else:
+            order = np.arange(len(self.source), dtype=np.int64)
+            if self._shuffle:
+                order = np.random.default_rng((self._seed, epoch)).permutation(order)
         starts = range(start_batch * self.batch_size, self._images, self.batch_size)
         self.done = start_batch
         jobs = ((start, order[start : min(start + self.batch_size, self._images)]) for start in starts)
         yield from prefetched(jobs, build=partial(self._build, epoch), finish=self._finish)
 
-    def _build(self, epoch: int, job: tuple[int, Indices], stop: threading.Event) -> tuple[int, Pixels, Labels] | None:
-        """``(batches done, images (n, c, h, w) uint8, labels)`` without the broken images; None if none is left.
+    def _build(self, epoch: int, job: tuple[int, Indices], stop: threading.Event) -> _Raw | None:
+        """``(batches done, images (n, c, h, w) uint8, indices)`` without the broken images; None if none is left.
 
         Args:
             job: place of the first image in the order, and the indices of all.
@@ -139,26 +156,33 @@ class Loader:
         channels, height, width = self.image_size
         pixels = np.empty((len(indices), channels, height, width), np.uint8)
         kept: list[int] = []
+        group = 1 if self._order is None else self._order.group
+        resume_at = 0  # place of the first image after a group that lost one
         choice = None
         if self._augment:
             choice = choose(indices, size=(height, width), seed=self._seed, epoch=epoch, flip=self._flip)
         for k, index in enumerate(indices.tolist()):
             if stop.is_set():
                 return None
+            if k < resume_at:
+                continue
             try:
                 image = fit_image(self.source.decode(index), self.image_size)  # (h, w, c)
             except BrokenImage as error:
                 self._note(error)
+                del kept[len(kept) - k % group :]  # those of its group that came before
+                resume_at = k - k % group + group
                 continue
             if choice is not None:
                 image = augment_image(image, choice, k, fill=self._fill)
             pixels[len(kept)] = image.transpose(2, 0, 1)  # (c, h, w)
             kept.append(index)
-        return (start // self.batch_size + 1, pixels[: len(kept)], self.source.labels[kept]) if kept else None
+        return (start // self.batch_size + 1, pixels[: len(kept)], np.array(kept, np.int64)) if kept else None
 
-    def _finish(self, raw: tuple[int, Pixels, Labels]) -> Batch:
-        self.done, pixels, labels = raw
-        return normalised(pixels, self._mean, self._std), torch.from_numpy(labels)
+    def _finish(self, raw: _Raw) -> Batch:
+        self.done, pixels, indices = raw
+        self.indices = torch.from_numpy(indices)
+        return normalised(pixels, self._mean, self._std), torch.from_numpy(self.source.labels[indices])
 
     def _note(self, error: BrokenImage) -> None:
         """Counts a broken image, and gives up when there are too many."""
