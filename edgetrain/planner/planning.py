@@ -25,6 +25,7 @@ from edgetrain.memory import Costs, measure_costs
 from edgetrain.memory.estimate import DTYPES, Precision, from_trace
 from edgetrain.memory.measured_times import measured_times
 from edgetrain.memory.predicted_times import predicted_times
+from edgetrain.memory.rates import OperatorRates
 from edgetrain.memory.step import Loss, OptimizerFactory, classification_loss, optimizer_factory, trace_step
 from edgetrain.memory.times import Times
 from edgetrain.nn import Invertible
@@ -64,7 +65,7 @@ def plan(
     allow_ghost_batchnorm: bool = False,
     snr_limit: float = SNR_LIMIT,
     stored_precision: StoredPrecision | None = None,
-    times: Times | None = None,
+    times: Times | OperatorRates | None = None,
     noise: Noise | None = None,
 ) -> Plan:
     """The fastest training step whose predicted peak fits ``budget``.
@@ -89,7 +90,8 @@ def plan(
         stored_precision: ``"bf16"``: an input that is kept until its block is run again, or an inversion starts from
             it, may wait in bfloat16, at half its bytes. Gradients then differ by that rounding: at most 2^-8 of each
             value that waits. None: no activation is rounded.
-        times: of a step at this batch size; None: measured here, or from the profile's rates.
+        times: of a step at this batch size, or the rates from which they follow; None: measured here, or from the
+            profile's rates.
         noise: of the model; None: measured with samples of random numbers. Real samples are better, see
             :func:`edgetrain.chain.measure_noise`.
 
@@ -134,7 +136,7 @@ class Planner:
         allow_ghost_batchnorm: bool = False,
         snr_limit: float = SNR_LIMIT,
         stored_precision: StoredPrecision | None = None,
-        times: Times | None = None,
+        times: Times | OperatorRates | None = None,
         noise: Noise | None = None,
     ) -> None:
         if precision not in DTYPES:
@@ -316,6 +318,8 @@ class Planner:
         return self._searches[samples]
 
     def _times_of(self, costs: Costs) -> Times:
+        if isinstance(self._times, OperatorRates):
+            return predicted_times(costs, self._times, self.precision)
         if self._times is not None and self._times.shapes == costs.shapes:
             return self._times
         if self.place.profile is not None:
@@ -335,9 +339,9 @@ class Planner:
         """``candidate`` as one of ``count`` micro-batches."""
         samples = self.batch_size // count
         after = sum(block.update for block in self._search(samples)[1].blocks)
-        return at_micro_batches(candidate, count, standing_bytes=self._standing_bytes(count), after=after)
+        return at_micro_batches(candidate, count, standing_bytes=self.standing_bytes(count), after=after)
 
-    def _standing_bytes(self, count: int) -> int:
+    def standing_bytes(self, count: int) -> int:
         """What stays from one of ``count`` micro-batches to the next: gradients, and the rest of the batch."""
         if count == 1:
             return 0
@@ -348,7 +352,7 @@ class Planner:
         """The fastest candidate with ``count`` micro-batches whose peak, and what is reserved for it, fit."""
         samples = self.batch_size // count
         search, _ = self._search(samples)
-        standing = self._standing_bytes(count)
+        standing = self.standing_bytes(count)
         limit = search.uniform["keep_all"].peak_bytes if budget_bytes is None else budget_bytes - standing
         target = limit
         for left in reversed(range(_ROUNDS)):

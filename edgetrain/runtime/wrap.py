@@ -51,7 +51,7 @@ class Wrapped(nn.Module):
         self._chain = chain_of(model)
         _check(self._chain, plan.program)
         self.optimizers: dict[nn.Module, torch.optim.Optimizer] = {}
-        if any(isinstance(step, Update) for step in plan.program.instructions):
+        if _updates(plan.program):
             if optimizer is None:
                 raise ModelError(
                     found="a plan that updates each block in the backward pass and no optimizer",
@@ -90,6 +90,21 @@ class Wrapped(nn.Module):
         # the anchor makes the result require a gradient although no parameter passes through the function
         anchor = torch.empty(0, requires_grad=True)
         return _Step.apply(x, anchor, self)
+
+    def follow(self, plan: Planned) -> None:
+        """From the next step on executes ``plan``, with the same optimizers.
+
+        Raises:
+            ModelError: it is for another model, or its updates are in another place.
+        """
+        _check(self._chain, plan.program)
+        if _updates(plan.program) != _updates(self.plan.program):
+            raise ModelError(
+                found="a plan that updates in the backward pass after one that does not, or the other way round",
+                expected="the same: the optimizers are made for one of them",
+                action="wrap the model again",
+            )
+        self.plan = plan
 
     def blocks(self) -> tuple[Block, ...]:
         """The blocks that a step runs now."""
@@ -134,6 +149,10 @@ class _Step(torch.autograd.Function):
         execution: Execution
         execution, ctx.execution = ctx.execution, None
         return execution.backward(dy), None, None
+
+
+def _updates(program: Program) -> bool:
+    return any(isinstance(step, Update) for step in program.instructions)
 
 
 def _check(chain: Chain, program: Program) -> None:

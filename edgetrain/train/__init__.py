@@ -4,9 +4,10 @@ from edgetrain.files import write_atomically
 from edgetrain.train.callbacks import Callback
 from edgetrain.train.checkpoint import load_weights, newest_checkpoint
 from edgetrain.train.evaluation import evaluate
+from edgetrain.train.guard import Guard
 from edgetrain.train.objectives import CrossEntropy, Objective
 from edgetrain.train.recipe import Recipe, undecayed_parameters
-from edgetrain.train.records import EpochRecord, StepRecord
+from edgetrain.train.records import EpochRecord, MemoryEvent, StepRecord
 from edgetrain.train.stopping import InterruptedRunError
 from edgetrain.train.throttle import Throttle
 from edgetrain.train.trainer import Trainer
@@ -15,7 +16,9 @@ __all__ = [
     "Callback",
     "CrossEntropy",
     "EpochRecord",
+    "Guard",
     "InterruptedRunError",
+    "MemoryEvent",
     "Objective",
     "Recipe",
     "StepRecord",

@@ -33,6 +33,7 @@ from edgetrain.targets import return_large_blocks, select_target
 from edgetrain.train.data.normalise import normalised
 from edgetrain.train.data.prefetch import prefetched
 from edgetrain.train.data.source import Pixels
+from edgetrain.train.guard import Guard
 from edgetrain.train.passes import Batch
 from edgetrain.train.recipe import Recipe
 from edgetrain.train.trainer import Trainer
@@ -195,7 +196,8 @@ def _train(trial: Trial) -> None:
     # of no rate: a network that diverges says nothing of memory
     recipe = Recipe(epochs=1, batch_size=n, peak_rate=0.0)
     with tempfile.TemporaryDirectory(prefix="edgetrain-trial-") as folder:
-        trainer = Trainer(model, plan, run_dir=folder, recipe=recipe, device=trial.device)
+        nothing = Guard(select_target(trial.device), lambda _: ())
+        trainer = Trainer(model, plan, run_dir=folder, recipe=recipe, device=trial.device, guard=nothing)
         trainer.fit(_Noise([n, n], shape), _Noise([tested, max(1, tested // 2)], shape))
 
 
