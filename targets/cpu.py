@@ -34,7 +34,7 @@ from edgetrain.units import format_mib
 
 _log = logging.getLogger(__name__)
 
-_CAPPED_TEXTS = (
+CAPPED_TEXTS = (
     # oneDNN reports a failed allocation as a failed call; without a cap the same words mean an unsupported one
     "could not create a primitive",
     "could not execute a primitive",
@@ -42,6 +42,7 @@ _CAPPED_TEXTS = (
     "could not create a memory",
     "can't start new thread",
 )
+"""What a failed allocation inside oneDNN is called. It stays with the thread."""
 _ELEMENTS_PER_THREAD = 2**16  # above the grain of 2**15 elements under which ATen stays on one thread
 
 
@@ -143,12 +144,16 @@ class CpuTarget:
         resource.setrlimit(resource.RLIMIT_DATA, (self._lifted_limit, hard))
         self._lifted_limit = None
 
+    def release_cache(self) -> None:
+        """Gives free heap pages back to the kernel."""
+        release_free_memory()
+
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether ``error`` is a failed allocation; under a cap, oneDNN's failed calls count as one."""
         if says_out_of_memory(error):
             return True
         capped = self._lifted_limit is not None
-        return capped and isinstance(error, RuntimeError) and any(text in str(error) for text in _CAPPED_TEXTS)
+        return capped and isinstance(error, RuntimeError) and any(text in str(error) for text in CAPPED_TEXTS)
 
 
 def _on_linux() -> bool:

@@ -99,6 +99,10 @@ class CudaTarget:
             torch.cuda.set_per_process_memory_fraction(1.0, self._device)
             self._capped = False
 
+    def release_cache(self) -> None:
+        """Gives the blocks that the caching allocator holds free back to the driver."""
+        torch.cuda.empty_cache()
+
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether ``error`` is a failed allocation on the device or on its host."""
         return isinstance(error, torch.OutOfMemoryError) or says_out_of_memory(error)

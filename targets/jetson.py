@@ -137,6 +137,10 @@ class JetsonTarget:
         """Gives the whole device back to the allocator; does nothing without a cap."""
         self._cuda.uncap()
 
+    def release_cache(self) -> None:
+        """See :meth:`edgetrain.targets.cuda.CudaTarget.release_cache`; the host takes from the same memory."""
+        self._cuda.release_cache()
+
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether ``error`` is a failed allocation on the device or on its host."""
         return self._cuda.is_out_of_memory(error)

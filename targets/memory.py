@@ -85,6 +85,10 @@ class Target(Protocol):
         """Lifts the limit that :meth:`cap` set; does nothing without one."""
         ...
 
+    def release_cache(self) -> None:
+        """Gives memory that nothing uses back to the device."""
+        ...
+
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether ``error`` says that an allocation failed."""
         ...

@@ -7,6 +7,7 @@ the kernel or the allocator keeps it.
 
 from __future__ import annotations
 
+import textwrap
 import threading
 import time
 from collections import deque
@@ -19,7 +20,7 @@ from rich.live import Live
 from rich.text import Text
 
 from edgetrain.targets import Target
-from edgetrain.train import Callback, StepRecord
+from edgetrain.train import Callback, MemoryEvent, StepRecord
 from edgetrain.units import MIB, format_mib
 
 READINGS_PER_SECOND = 4
@@ -52,6 +53,7 @@ class LiveView(Callback):
         self._record: StepRecord | None = None
         self._done_before = 0
         self._waiting: str | None = None
+        self._news: str | None = None
         self._lock = threading.Lock()  # the thread that draws reads, and so does the end of a run
         self._started = clock()
         self._live = Live(console=console, get_renderable=self.draw, refresh_per_second=READINGS_PER_SECOND)
@@ -86,6 +88,14 @@ class LiveView(Callback):
         """Says that the run waits."""
         self._waiting = reason
 
+    def on_memory(self, event: MemoryEvent) -> None:
+        """Says that the plan is another now."""
+        self._news = memory_news(event)
+
+    def on_warning(self, text: str) -> None:
+        """Shows ``text`` until there is other news."""
+        self._news = text
+
     def draw(self) -> Group:
         """Takes a reading where a target is watched, and gives the picture: lines of at most 80 characters."""
         with self._lock:
@@ -100,6 +110,9 @@ class LiveView(Callback):
 
     def _lines(self) -> Iterator[tuple[str, str]]:
         yield self._progress(), "bold"
+        if self._news is not None:
+            for line in textwrap.wrap(self._news, WIDTH):
+                yield line, "red"
         if not self._readings:
             yield "memory: not counted yet", ""
             return
@@ -138,6 +151,15 @@ class LiveView(Callback):
             f"epoch {record.epoch}/{record.epochs} step {record.step}/{record.steps} loss {record.loss:.3f} "
             f"acc {record.accuracy:.1%} {record.images_per_second:.0f} img/s left {hours}:{minutes:02}:{seconds:02}"
         )
+
+
+def memory_news(event: MemoryEvent) -> str:
+    """What happened, for a person."""
+    sizes = "a smaller plan"
+    if event.after_bytes is not None:
+        before = "" if event.before_bytes is None else f" in place of {format_mib(event.before_bytes)}"
+        sizes = f"a plan of {format_mib(event.after_bytes)}{before}"
+    return f"{event.kind} after step {event.step}: going on with {sizes} ({event.reason})"
 
 
 def _done(record: StepRecord) -> int:

@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from edgetrain.cli.live import LiveView
+from edgetrain.cli.live import LiveView, memory_news
 from edgetrain.targets import Target
-from edgetrain.train import Callback, StepRecord
+from edgetrain.train import Callback, MemoryEvent, StepRecord
 from edgetrain.units import MIB
 
 
@@ -61,6 +61,15 @@ class TrainingProgress(Callback):
         """Says that the run waits, and that it goes on."""
         if not self._progress.disable:
             self._progress.console.print("goes on" if reason is None else f"waiting: {reason}", highlight=False)
+
+    def on_memory(self, event: MemoryEvent) -> None:
+        """Says that the plan is another now."""
+        self.on_warning(memory_news(event))
+
+    def on_warning(self, text: str) -> None:
+        """Prints a line above the bar."""
+        if not self._progress.disable:
+            self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def on_step(self, record: StepRecord) -> None:
         """Shows one step."""

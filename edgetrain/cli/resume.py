@@ -22,6 +22,7 @@ def resume(
     """Go on with a run that was killed, stopped or lost its power, from its last good checkpoint."""
     import torch
 
+    from edgetrain.train.checkpoint import newest_checkpoint, plan_in
     from edgetrain.train.run_record import RunRecord
 
     record = RunRecord.read(run)
@@ -33,6 +34,8 @@ def resume(
             action="make the Trainer again in Python and call its resume",
         )
     torch.set_num_threads(training.threads)
+    # the trainer warns of a damaged one; a run of an older version has its plan in plan.json alone
+    plan = plan_in(newest_checkpoint(run / "checkpoints", warn=False))
     result = run_training(
         data=record.data,
         model=record.model,
@@ -41,7 +44,8 @@ def resume(
         epochs=training.epochs,
         batch_size=2,
         mode="planned",
-        plan_file=run / "plan.json",
+        plan_file=None if plan is not None else run / "plan.json",
+        plan=plan,
         sample_modules=training.sample_modules,
         freeze=training.freeze,
         image_size=None,

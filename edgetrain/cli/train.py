@@ -137,6 +137,9 @@ def show_result(result: dict[str, Any], *, out: Path, as_json: bool) -> None:
             f"epoch {record['epoch']:>3}  loss {record['loss']:.4f}  train {record['accuracy']:.2%}{test}  "
             f"{record['images_per_second']:.0f} images/s"
         )
+    for event in result["events"]:
+        size = "" if event["after_bytes"] is None else f" of {format_mib(event['after_bytes'])}"
+        typer.echo(f"{event['kind']} after step {event['step']}: went on with a smaller plan{size}")
     if result["broken_images"]:
         typer.echo(f"left out {result['broken_images']} broken images")
     against = "" if result["budget_bytes"] is None else f" of {format_mib(result['budget_bytes'])}"
@@ -186,6 +189,7 @@ def run_training(
     max_temp: float | None = None,
     out: Path,
     resumed: RunRecord | None = None,
+    plan: Plan | None = None,
     quiet: bool,
     live: bool = False,
 ) -> dict[str, Any]:
@@ -194,6 +198,7 @@ def run_training(
     Args:
         objective: None: cross-entropy.
         resumed: the record of the run in ``out`` that goes on; None starts one.
+        plan: by which it goes on.
     """
     import numpy as np
     import torch
@@ -202,6 +207,7 @@ def run_training(
     from edgetrain.cli.progress import training_display
     from edgetrain.files import write_atomically
     from edgetrain.planner import Plan, UniformMode
+    from edgetrain.targets.pressure import PressureGauge
     from edgetrain.train import Recipe, Throttle
     from edgetrain.train.capped import train_capped
     from edgetrain.train.data import Loader, channel_statistics, open_source, sample_images
@@ -259,6 +265,9 @@ def run_training(
     chosen: UniformMode | Plan | None = None if mode == PLANNED else cast(UniformMode, mode)
     if plan_file is not None:
         chosen = read_plan(plan_file, channels=source.channels, images=len(source))
+    if plan is not None:
+        chosen = plan
+    if isinstance(chosen, Plan):
         if learned.name != "attention-transfer":
             check_activations(chosen, make_model)
         batch_size, *shape = chosen.input_shape
@@ -347,11 +356,12 @@ def run_training(
             watch=progress.watch,
             checkpoint_every=checkpoint_every,
             throttle=throttle,
+            gauge=PressureGauge(),
         )
     result = {
         "model": model,
         "pooling": pooling,
-        "mode": mode if plan_file is None else "plan",
+        "mode": "plan" if isinstance(chosen, Plan) else mode,
         "sample_modules": sample_modules,
         "freeze": freeze,
         "objective": learned.name,
@@ -362,6 +372,7 @@ def run_training(
         "batch_size": batch_size,
         "seed": seed,
         "history": [asdict(record) for record in run.history],
+        "events": [asdict(event) for event in run.events],
         "peak_bytes": run.peak_bytes,
         "budget_bytes": run.budget_bytes,
         "broken_images": len({path for loader in loaders for path, _ in loader.broken}),

@@ -25,6 +25,7 @@ from edgetrain.memory import Costs, Guest, measure_costs
 from edgetrain.memory.estimate import DTYPES, Precision, from_trace
 from edgetrain.memory.measured_times import measured_times
 from edgetrain.memory.predicted_times import predicted_times
+from edgetrain.memory.rates import OperatorRates
 from edgetrain.memory.step import Loss, OptimizerFactory, classification_loss, optimizer_factory, trace_step
 from edgetrain.memory.times import Times
 from edgetrain.nn import Invertible
@@ -65,7 +66,7 @@ def plan(
     allow_ghost_batchnorm: bool = False,
     snr_limit: float = SNR_LIMIT,
     stored_precision: StoredPrecision | None = None,
-    times: Times | None = None,
+    times: Times | OperatorRates | None = None,
     noise: Noise | None = None,
     guest: Guest = _NOBODY,
     group: int = 1,
@@ -92,7 +93,8 @@ def plan(
         stored_precision: ``"bf16"``: an input that is kept until its block is run again, or an inversion starts from
             it, may wait in bfloat16, at half its bytes. Gradients then differ by that rounding: at most 2^-8 of each
             value that waits. None: no activation is rounded.
-        times: of a step at this batch size; None: measured here, or from the profile's rates.
+        times: of a step at this batch size, or the rates from which they follow; None: measured here, or from the
+            profile's rates.
         noise: of the model; None: measured with samples of random numbers. Real samples are better, see
             :func:`edgetrain.chain.measure_noise`.
         guest: what shares the memory with the step, such as a teacher.
@@ -141,7 +143,7 @@ class Planner:
         allow_ghost_batchnorm: bool = False,
         snr_limit: float = SNR_LIMIT,
         stored_precision: StoredPrecision | None = None,
-        times: Times | None = None,
+        times: Times | OperatorRates | None = None,
         noise: Noise | None = None,
         guest: Guest = _NOBODY,
         group: int = 1,
@@ -331,6 +333,8 @@ class Planner:
         return self._searches[samples]
 
     def _times_of(self, costs: Costs) -> Times:
+        if isinstance(self._times, OperatorRates):
+            return predicted_times(costs, self._times, self.precision)
         if self._times is not None and self._times.shapes == costs.shapes:
             return self._times
         if self.place.profile is not None:
@@ -350,7 +354,7 @@ class Planner:
         """``candidate`` as one of ``count`` micro-batches."""
         samples = self.batch_size // count
         after = sum(block.update for block in self._search(samples)[1].blocks)
-        whole = at_micro_batches(candidate, count, standing_bytes=self._standing_bytes(count), after=after)
+        whole = at_micro_batches(candidate, count, standing_bytes=self.standing_bytes(count), after=after)
         return replace(whole, peak_bytes=max(whole.peak_bytes, self._before_bytes(count)))
 
     def _before_bytes(self, count: int) -> int:
@@ -360,9 +364,9 @@ class Planner:
         costs = self.costs(self.batch_size // count)
         batch_bytes = math.prod(costs.shapes[0]) * costs.element_bytes[0]
         resident = costs.weight_bytes + costs.optimizer_bytes + batch_bytes
-        return resident + self._standing_bytes(count) + self._guest.before_bytes
+        return resident + self.standing_bytes(count) + self._guest.before_bytes
 
-    def _standing_bytes(self, count: int) -> int:
+    def standing_bytes(self, count: int) -> int:
         """What stays from one of ``count`` micro-batches to the next: gradients, and the rest of the batch."""
         if count == 1:
             return 0
@@ -373,7 +377,7 @@ class Planner:
         """The fastest candidate with ``count`` micro-batches whose peak, and what is reserved for it, fit."""
         samples = self.batch_size // count
         search, _ = self._search(samples)
-        standing = self._standing_bytes(count)
+        standing = self.standing_bytes(count)
         if budget_bytes is not None and self._before_bytes(count) > budget_bytes:
             return None
         limit = search.uniform["keep_all"].peak_bytes if budget_bytes is None else budget_bytes - standing

@@ -52,7 +52,7 @@ class Wrapped(nn.Module):
         self._chain = chain_of(model)
         _check(self._chain, plan.program)
         self.optimizers: dict[nn.Module, torch.optim.Optimizer] = {}
-        if any(isinstance(step, Update) for step in plan.program.instructions):
+        if _updates(plan.program):
             if optimizer is None:
                 raise ModelError(
                     found="a plan that updates each block in the backward pass and no optimizer",
@@ -103,6 +103,21 @@ class Wrapped(nn.Module):
         """Those of the chain that have a target for the next step."""
         modules = [block.module for block in self._chain.blocks]
         return [module for module in modules if isinstance(module, AttentionTap) and module.target is not None]
+
+    def follow(self, plan: Planned) -> None:
+        """From the next step on executes ``plan``, with the same optimizers.
+
+        Raises:
+            ModelError: it is for another model, or its updates are in another place.
+        """
+        _check(self._chain, plan.program)
+        if _updates(plan.program) != _updates(self.plan.program):
+            raise ModelError(
+                found="a plan that updates in the backward pass after one that does not, or the other way round",
+                expected="the same: the optimizers are made for one of them",
+                action="wrap the model again",
+            )
+        self.plan = plan
 
     def blocks(self) -> tuple[Block, ...]:
         """The blocks that a step runs now."""
@@ -164,6 +179,10 @@ def _term_of(tap: AttentionTap) -> Tensor:
     assert tap.term is not None
     term, tap.term = tap.term.detach(), None
     return term
+
+
+def _updates(program: Program) -> bool:
+    return any(isinstance(step, Update) for step in program.instructions)
 
 
 def _check(chain: Chain, program: Program) -> None:

@@ -6,9 +6,10 @@ from edgetrain.train.checkpoint import load_weights, newest_checkpoint
 from edgetrain.train.distillation import TeacherObjective
 from edgetrain.train.embeddings import Contrastive, Triplet, nearest_centroid
 from edgetrain.train.evaluation import evaluate
+from edgetrain.train.guard import Guard
 from edgetrain.train.objectives import CrossEntropy, Objective
 from edgetrain.train.recipe import Recipe, undecayed_parameters
-from edgetrain.train.records import EpochRecord, StepRecord
+from edgetrain.train.records import EpochRecord, MemoryEvent, StepRecord
 from edgetrain.train.stopping import InterruptedRunError
 from edgetrain.train.teacher import Teacher, tapped_student
 from edgetrain.train.throttle import Throttle
@@ -19,7 +20,9 @@ __all__ = [
     "Contrastive",
     "CrossEntropy",
     "EpochRecord",
+    "Guard",
     "InterruptedRunError",
+    "MemoryEvent",
     "Objective",
     "Recipe",
     "StepRecord",

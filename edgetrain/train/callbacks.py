@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from edgetrain.train.records import EpochRecord, StepRecord
+from edgetrain.train.records import EpochRecord, MemoryEvent, StepRecord
 
 
 class Callback(Protocol):
@@ -24,6 +24,14 @@ class Callback(Protocol):
 
     def on_checkpoint(self, path: Path) -> None:
         """The state is in ``path``."""
+        return None
+
+    def on_memory(self, event: MemoryEvent) -> None:
+        """Memory was short: the run goes on with a smaller plan."""
+        return None
+
+    def on_warning(self, text: str) -> None:
+        """The run goes on, but a person should know."""
         return None
 
     def on_wait(self, reason: str | None) -> None:

@@ -2,7 +2,8 @@
 
 The cap counts everything that the run adds to a process that has already loaded its libraries and run one small
 step: weights, gradients, optimiser, activations, batches being decoded. On the CPU it is a process limit, on CUDA
-a fraction of the allocator; an allocation beyond it fails, and the failure ends the run with advice.
+a fraction of the allocator; an allocation beyond it fails, and the step begins again with a smaller plan. Where there
+is none the failure ends the run with advice.
 """
 
 from __future__ import annotations
@@ -28,20 +29,25 @@ from edgetrain.nn.slices import SLICE_BYTES
 from edgetrain.planner import Plan, UniformMode, uniform_plan
 from edgetrain.runtime import wrap
 from edgetrain.targets import Target, return_large_blocks, select_target
+from edgetrain.targets.pressure import PressureGauge
 from edgetrain.train.advice import CHANGES, Change, advise
 from edgetrain.train.callbacks import Callback
 from edgetrain.train.data.prefetch import ready_thread
+from edgetrain.train.guard import ExhaustedError, Guard, first_line
 from edgetrain.train.objectives import Objective
 from edgetrain.train.passes import Batches
-from edgetrain.train.planned import LEAN, planned
+from edgetrain.train.planned import LEAN, fallbacks, planned
 from edgetrain.train.recipe import Recipe
-from edgetrain.train.records import EpochRecord
+from edgetrain.train.records import EpochRecord, MemoryEvent
 from edgetrain.train.run_record import RunRecord
+from edgetrain.train.spare_threads import SpareThreads
 from edgetrain.train.throttle import Throttle
 from edgetrain.train.trainer import Trainer
 from edgetrain.units import format_mib
 
 ModelMaker = Callable[[], nn.Module]
+
+_SPARE_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,9 @@ class CappedRun:
 
     Attributes:
         model: trained.
-        plan: of its steps.
+        plan: of its last steps.
         history: a record per epoch.
+        events: one per time that memory was short.
         peak_bytes: the most that the run added to the process (CPU) or to the allocator (CUDA).
         budget_bytes: the cap, None where none was asked for.
         checkpoint: where the last state is.
@@ -60,6 +67,7 @@ class CappedRun:
     model: nn.Module
     plan: Plan
     history: list[EpochRecord]
+    events: list[MemoryEvent]
     peak_bytes: int
     budget_bytes: int | None
     checkpoint: Path
@@ -89,6 +97,7 @@ def train_capped(
     sample: Tensor | None = None,
     update_in_backward: bool = False,
     guest: Guest | None = None,
+    gauge: PressureGauge | None = None,
 ) -> CappedRun:
     """Trains and evaluates inside ``budget_bytes``.
 
@@ -106,6 +115,7 @@ def train_capped(
         sample: some images (n, c, h, w), for a plan.
         update_in_backward: whether that plan steps the optimiser block by block.
         guest: what the objective has in memory beside a step, such as a teacher; None: nothing.
+        gauge: of the system's memory pressure, under which smaller plans are taken before anything fails.
 
     Raises:
         BudgetError: the budget does not even hold the weights, or the cap was hit; names what would fit.
@@ -134,8 +144,9 @@ def train_capped(
     if budget_bytes is not None:
         check_budget(make_model, budget_bytes, standing_bytes=beside.standing_bytes)
     how: UniformMode | Plan | None = mode
+    smaller: list[Plan] | None = None
     if how is None:
-        how = planned(
+        plans = planned(
             make_model,
             input_shape=input_shape,
             recipe=recipe,
@@ -146,6 +157,9 @@ def train_capped(
             objective=objective,
             guest=beside,
         )
+        how, smaller = next(iter(plans), None), plans[1:]
+    elif budget_bytes is not None:  # made here, as making them takes memory
+        smaller = fallbacks(make_model, how, recipe=recipe, input_shape=input_shape, objective=objective)
     if how is None:
         assert budget_bytes is not None
         raise BudgetError(
@@ -153,6 +167,10 @@ def train_capped(
             expected=f"a step of {recipe.batch_size} samples of {'x'.join(map(str, input_shape))} to fit",
             action=change(LEAN, {*changes} - {"--mode"}),
         )
+    guard = None
+    if smaller is not None:
+        threads = SpareThreads(_SPARE_THREADS if budget_bytes is not None and device == "cpu" else 0)
+        guard = Guard(target, lambda _: smaller, gauge=gauge, threads=threads)
     target.start()
     with _capped(target, budget_bytes), watch(target) as callbacks:
         try:
@@ -173,13 +191,23 @@ def train_capped(
                 callbacks=callbacks,
                 checkpoint_every=checkpoint_every,
                 throttle=throttle,
+                guard=guard,
             )
             history = (trainer.resume if resume else trainer.fit)(batches, test_batches)
-            return CappedRun(trainer.model, plan, history, target.peak_bytes(), budget_bytes, trainer.checkpoint)
+            return CappedRun(
+                trainer.model,
+                trainer.plan,
+                history,
+                trainer.events,
+                target.peak_bytes(),
+                budget_bytes,
+                trainer.checkpoint,
+            )
         except Exception as error:
-            if budget_bytes is None or not target.is_out_of_memory(error):
+            exhausted = error.found if isinstance(error, ExhaustedError) else None
+            if budget_bytes is None or not (exhausted or target.is_out_of_memory(error)):
                 raise
-            peak_bytes, reason = target.peak_bytes(), str(error).splitlines()[0]
+            peak_bytes, reason = target.peak_bytes(), exhausted or first_line(error)
     # outside the handler, so that the failed step's tensors are gone before anything is measured
     gc.collect()
     words = f"in mode {how}" if isinstance(how, str) else "by its plan"

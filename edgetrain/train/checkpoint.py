@@ -5,10 +5,12 @@
 | ``model.*`` | state dict: weights, and buffers such as running statistics |
 | ``buffer.*`` | buffers that the state dict leaves out |
 | ``optimizer.PARAMETER.KEY`` | state of the optimiser, such as ``momentum_buffer``; what is no tensor is in the JSON |
+| ``plan`` | the plan of the steps that follow, its JSON as bytes |
 | ``random.start.*``, ``random.now.*`` | :class:`RandomState` at the start of the epoch, and now |
 
-The JSON holds the position and the records of the epochs done. The schedule follows from the step, and so does what a
-network with sampled modules draws. ``last.safetensors`` is the newest, ``previous.safetensors`` the one before.
+The JSON holds the position, the records of the epochs done, and when memory was short. The schedule follows from the
+step, and so does what a network with sampled modules draws. ``last.safetensors`` is the newest,
+``previous.safetensors`` the one before.
 """
 
 from __future__ import annotations
@@ -23,14 +25,16 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from edgetrain.errors import StorageError
+from edgetrain.errors import ModelError, StorageError
+from edgetrain.planner import Plan
 from edgetrain.train.random_state import RandomState
-from edgetrain.train.records import EpochRecord, Position
+from edgetrain.train.records import EpochRecord, MemoryEvent, Position
 from edgetrain.train.tensor_file import TensorFile, write_tensor_file
 
 LAST, PREVIOUS, DAMAGED = "last.safetensors", "previous.safetensors", "damaged.safetensors"
 _LOG = logging.getLogger(__name__)
 _MODEL, _BUFFER, _OPTIMIZER, _START, _NOW = "model.", "buffer.", "optimizer.", "random.start.", "random.now."
+_PLAN = "plan"
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,16 @@ class Progress:
         history: a record per epoch done.
         start: random states at the start of the epoch of ``position``.
         now: those there.
+        plan: of the steps that follow; None: the file is of an older version.
+        events: when memory was short.
     """
 
     position: Position
     history: tuple[EpochRecord, ...]
     start: RandomState
     now: RandomState
+    plan: Plan | None = None
+    events: tuple[MemoryEvent, ...] = ()
 
 
 def save_checkpoint(
@@ -73,9 +81,12 @@ def save_checkpoint(
                 scalars[f"{name}.{key}"] = value
     for prefix, random in ((_START, progress.start), (_NOW, progress.now)):
         tensors |= {prefix + name: value for name, value in random.tensors.items()}
+    if progress.plan is not None:
+        tensors[_PLAN] = torch.frombuffer(bytearray(progress.plan.to_json().encode()), dtype=torch.uint8)
     state = {
         "position": asdict(progress.position),
         "history": [asdict(record) for record in progress.history],
+        "events": [asdict(event) for event in progress.events],
         "optimizer": scalars,
     }
     write_tensor_file(path, tensors, state, previous=path.with_name(PREVIOUS))
@@ -90,6 +101,7 @@ def load_checkpoint(file: TensorFile, model: nn.Module, optimizers: Iterable[tor
     try:
         position = TypeAdapter(Position).validate_python(file.state["position"])
         history = TypeAdapter(tuple[EpochRecord, ...]).validate_python(file.state["history"])
+        events = TypeAdapter(tuple[MemoryEvent, ...]).validate_python(file.state.get("events", ()))
         scalars: dict[str, Any] = dict(file.state["optimizer"])
     except (KeyError, TypeError, ValueError, ValidationError) as error:
         raise _of_another_model(file, "no position of a run in it") from error
@@ -97,7 +109,21 @@ def load_checkpoint(file: TensorFile, model: nn.Module, optimizers: Iterable[tor
     for optimizer in optimizers:
         _load_optimizer(file, model, optimizer, scalars)
     start, now = (RandomState({name: file.tensor(p + name) for name in file.names(p)}) for p in (_START, _NOW))
-    return Progress(position, history, start, now)
+    return Progress(position, history, start, now, plan_in(file), events)
+
+
+def plan_in(file: TensorFile) -> Plan | None:
+    """The plan by which the run in ``file`` goes on; None: a version wrote it that kept the plan outside.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    if _PLAN not in file:
+        return None
+    try:
+        return Plan.from_json(file.tensor(_PLAN).numpy().tobytes().decode())
+    except (ModelError, UnicodeDecodeError) as error:
+        raise _of_another_model(file, "no plan of this version in it") from error
 
 
 def load_weights(path: Path, model: nn.Module) -> dict[str, int]:
@@ -110,8 +136,8 @@ def load_weights(path: Path, model: nn.Module) -> dict[str, int]:
     return {"epoch": position.epoch, "step": position.step}
 
 
-def newest_checkpoint(folder: Path) -> TensorFile:
-    """The last checkpoint in ``folder``, or the one before with a warning where the last is damaged.
+def newest_checkpoint(folder: Path, *, warn: bool = True) -> TensorFile:
+    """The last checkpoint in ``folder``, or the one before where the last is damaged, by default with a warning.
 
     Raises:
         StorageError: neither can be read.
@@ -123,8 +149,9 @@ def newest_checkpoint(folder: Path) -> TensorFile:
         if not previous.exists():
             raise
         found = TensorFile(previous)
-        done = found.state.get("position", {}).get("step")
-        _LOG.warning("%s; the one before it is used, of step %s", error.found, done)
+        if warn:
+            done = found.state.get("position", {}).get("step")
+            _LOG.warning("%s; the one before it is used, of step %s", error.found, done)
         return found
 
 

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgetrain.memory.step import Loss, classification_loss
+
 
 class Objective(Protocol):
     """The mean loss of some samples, from what the network makes of them.
@@ -60,6 +62,17 @@ class Grouping(Protocol):
     ) -> float | None:
         """Of ``model`` on ``batches``, 0..1; None where it cannot be told."""
         ...
+
+
+def group_of(objective: Objective | None) -> int:
+    """Samples that must stay together when a batch is split."""
+    return objective.group if isinstance(objective, Grouping) else 1
+
+
+def rehearsal_of(objective: Objective | None) -> Loss:
+    """The loss of outputs alone: what it takes, not what it is."""
+    found: Loss = getattr(objective, "rehearsal", classification_loss)
+    return found
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ class Pass:
 
     Args:
         start: random states at the start of the epoch; restored before a pass that begins in its middle.
-        now: those when ``first`` batches were done; restored then.
+        now: those when ``first`` batches were done; restored then. Equal to ``start`` where none is: a DataLoader draws
+            from the generators when a pass of it begins.
 
     Attributes:
         done: batches of the epoch that were handed out or left out.
@@ -50,7 +51,7 @@ class Pass:
             self._batches = iter(batches)
             for _ in range(first):
                 next(self._batches, None)
-        if now is not None:
+        if now is not None and not (first == 0 and now.equals(start)):
             now.restore()
 
     def __iter__(self) -> Pass:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from edgetrain.chain import chain_of, measure_noise
-from edgetrain.memory import Guest, classification_loss
+from edgetrain.memory import Guest
 from edgetrain.planner import Plan, Planner, UniformMode, uniform_plan
+from edgetrain.planner.smaller import planner_like, smaller_plans
 from edgetrain.targets import release_free_memory
-from edgetrain.train.objectives import Grouping, Objective
+from edgetrain.train.objectives import Objective, group_of, rehearsal_of
 from edgetrain.train.recipe import Recipe
 from edgetrain.train.trial import Trial, Trials
 from edgetrain.units import KIB, MIB, format_mib
@@ -44,8 +45,10 @@ def planned(
     update_in_backward: bool = False,
     objective: Objective | None = None,
     guest: Guest = _NOBODY,
-) -> Plan | None:
-    """The fastest plan whose run stays inside ``budget_bytes``; None where not even the leanest does.
+) -> list[Plan]:
+    """The fastest plan whose run stays inside ``budget_bytes``, and smaller ones to fall back on.
+
+    Empty where not even the leanest stays inside.
 
     Args:
         make_model: makes the network.
@@ -65,12 +68,13 @@ def planned(
         optimizer=recipe.optimizer_for(model),
         update_in_backward=update_in_backward,
         noise=None if sample is None else measure_noise(model, sample),
-        loss=getattr(objective, "rehearsal", classification_loss),
+        loss=rehearsal_of(objective),
         guest=guest,
-        group=objective.group if isinstance(objective, Grouping) else 1,
+        group=group_of(objective),
     )
     if budget_bytes is None:
-        return planner.plan()
+        plan = planner.plan()
+        return [plan, *smaller_plans(planner, plan)]
     # libraries generate code for every kind of convolution, forward and backward
     kinds = {(m.weight.shape, m.stride, m.groups) for m in model.modules() if isinstance(m, nn.Conv2d)}
     batch_bytes = 4 * recipe.batch_size * input_shape[0] * input_shape[1] * input_shape[2]
@@ -100,7 +104,37 @@ def planned(
                 update_in_backward=update_in_backward,
             )
             found = plan if trials.fits(trial(plan)) else None
+    plans = [] if found is None else [found, *smaller_plans(planner, found)]
     del model, planner
+    _forget()
+    return plans
+
+
+def fallbacks(
+    make_model: Callable[[], nn.Module],
+    given: UniformMode | Plan,
+    *,
+    recipe: Recipe,
+    input_shape: tuple[int, int, int],
+    objective: Objective | None = None,
+) -> list[Plan]:
+    """Smaller plans to fall back on from the plan, or the mode of all blocks, that was ``given``.
+
+    Args:
+        input_shape: (c, h, w).
+    """
+    torch.manual_seed(recipe.seed)
+    model, plan = make_model(), given
+    if isinstance(plan, str):
+        plan = uniform_plan(model, plan, input_shape=input_shape, batch_size=recipe.batch_size)
+    optimizer, loss, group = recipe.optimizer_for(model), rehearsal_of(objective), group_of(objective)
+    planner = planner_like(model, plan, optimizer=optimizer, loss=loss, group=group)
+    plans = list(smaller_plans(planner, plan))
+    del model, planner
+    _forget()
+    return plans
+
+
+def _forget() -> None:
     gc.collect()  # frozen modules refer to themselves
     release_free_memory()
-    return found

@@ -41,6 +41,11 @@ class RandomState:
         found |= {f"given.{k}": generator.get_state() for k, generator in enumerate(generators)}
         return cls(found)
 
+    def equals(self, other: RandomState) -> bool:
+        """Whether both are the same, of the generators that both have."""
+        both = self.tensors.keys() & other.tensors.keys()
+        return all(torch.equal(self.tensors[name], other.tensors[name]) for name in both)
+
     def restore(self, *generators: torch.Generator) -> None:
         """Puts the states back; of ``generators`` those that were captured, in their order."""
         torch.set_rng_state(self.tensors["torch"])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+MemoryKind = Literal["out of memory", "memory pressure"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,26 @@ class EpochRecord:
     test_accuracy: float | None
     images_per_second: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class MemoryEvent:
+    """The run went on with a smaller plan.
+
+    Attributes:
+        kind: ``"out of memory"``: a step failed and began again; ``"memory pressure"``: the system was short of memory.
+        epoch: epochs done; ``step``, steps done in all epochs: those that follow run by the smaller plan.
+        reason: what the failed allocation said, or which reading passed which limit.
+        before_bytes: predicted peak of the plan until then; None where it was made without costs.
+        after_bytes: of the plan since.
+    """
+
+    kind: MemoryKind
+    epoch: int
+    step: int
+    reason: str
+    before_bytes: int | None
+    after_bytes: int | None
 
 
 @dataclass

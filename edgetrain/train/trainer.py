@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,14 @@ from edgetrain.train.checkpoint import (
     save_checkpoint,
 )
 from edgetrain.train.evaluation import evaluate
+from edgetrain.train.guard import Guard, Switch
 from edgetrain.train.objectives import CrossEntropy, Grouping, Objective, Preparing
 from edgetrain.train.passes import Batch, Batches, Pass
 from edgetrain.train.random_state import RandomState, generators_of
 from edgetrain.train.recipe import Recipe
-from edgetrain.train.records import EpochRecord, Position, StepRecord
+from edgetrain.train.records import EpochRecord, MemoryEvent, Position, StepRecord
 from edgetrain.train.run_record import RunRecord
+from edgetrain.train.step_start import StepStart
 from edgetrain.train.stopping import InterruptedRunError, Stop, StopAskedError
 from edgetrain.train.throttle import Throttle
 
@@ -63,10 +66,13 @@ class Trainer:
         callbacks: get the news of the run, in this order.
         checkpoint_every: steps after which the state is saved, besides the end of each epoch; None: only there.
         throttle: when to wait between steps.
+        guard: what happens where memory runs out; None: smaller plans are made for this model when that happens.
 
     Attributes:
         model: the module being trained, of a sampled one the whole network, of a tapped one that without taps.
+        plan: of the steps that follow; a smaller one than that given where memory ran out.
         history: one record per finished epoch.
+        events: one per time that memory was short.
     """
 
     def __init__(
@@ -82,6 +88,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         checkpoint_every: int | None = None,
         throttle: Throttle | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self._sampled = model if isinstance(model, SampledNetwork) else None
         model = model.to(device)
@@ -93,15 +100,19 @@ class Trainer:
         self.objective = objective or CrossEntropy()
         self.device = torch.device(device)
         self.history: list[EpochRecord] = []
+        self.events: list[MemoryEvent] = []
         self._callbacks = tuple(callbacks)
         self._checkpoint_every = checkpoint_every
         self._throttle = throttle or Throttle()
         make_optimizer = self.recipe.optimizer_for(self.model)
+        self._guard = guard or Guard.of(model, make_optimizer, device, objective=self.objective)
+        self._switch: Switch | None = None
         self._net = wrap(model, plan, optimizer=make_optimizer)
         # those of the blocks, which the plan steps in the backward pass, or one that steps after it
         self._optimizers: list[torch.optim.Optimizer] = list(self._net.optimizers.values())
         self._last = None if self._optimizers else make_optimizer(self._trained())
         self._optimizers += [] if self._last is None else [self._last]
+        self._begin = StepStart(self._net, self._optimizers)
         self._position = Position()
         self._start = RandomState.capture()
 
@@ -121,12 +132,13 @@ class Trainer:
             TrainingError: the loss is not a number; the last good state is kept.
             StorageError: the run directory cannot be written.
             InterruptedRunError: Ctrl-C or SIGTERM.
+            BudgetError: memory ran out with the smallest plan.
         """
         for name in (LAST, PREVIOUS, DAMAGED):
             self.checkpoint.with_name(name).unlink(missing_ok=True)
         if self._record is not None:
             self._record.write(self.run_dir)
-        write_atomically(self.run_dir / "plan.json", self.plan.to_json().encode())
+        self._write_plan()
         self._write_metrics()
         self._start = RandomState.capture(*generators_of(batches))
         self._save(self._start)
@@ -141,16 +153,26 @@ class Trainer:
 
         Raises:
             StorageError: there is no checkpoint that can be read, or it is of another model.
-            TrainingError, InterruptedRunError: as :meth:`fit`.
+            TrainingError, InterruptedRunError, BudgetError: as :meth:`fit`.
         """
+        now = self._load()
+        self._write_plan()
+        self._write_metrics()
+        return self._run(batches, test_batches, now=now)
+
+    def _load(self) -> RandomState:
+        """Goes back to the newest good checkpoint, its plan included; gives the random states there."""
         file = newest_checkpoint(self.checkpoint.parent)
+        for optimizer in self._optimizers:
+            optimizer.state.clear()  # there is not always room for both
         progress = load_checkpoint(file, self.model, self._optimizers)
         if file.path != self.checkpoint and self.checkpoint.exists():  # must not become the previous one
             self.checkpoint.replace(self.checkpoint.with_name(DAMAGED))
+        if progress.plan is not None:
+            self._use(progress.plan)
         self._position, self._start = progress.position, progress.start
-        self.history = list(progress.history)
-        self._write_metrics()
-        return self._run(batches, test_batches, now=progress.now)
+        self.history, self.events = list(progress.history), list(progress.events)
+        return progress.now
 
     def _run(
         self, batches: Batches, test_batches: Iterable[Batch] | None, *, now: RandomState | None
@@ -160,7 +182,16 @@ class Trainer:
                 epoch = self._position.epoch + 1
                 if hasattr(batches, "set_epoch"):
                     batches.set_epoch(epoch)
-                self._train_epoch(batches, stop, now)
+                try:
+                    self._train_epoch(batches, stop, now)
+                    shortage = None
+                except Exception as error:
+                    shortage = self._guard.shortage(error)
+                    if shortage is None:
+                        raise
+                if shortage is not None:  # outside the handler, so that the failed step's tensors are gone
+                    now = self._go_back(shortage)
+                    continue
                 now = None
                 record = self._evaluated(batches, test_batches, stop)
                 self._check_weights()
@@ -176,7 +207,7 @@ class Trainer:
         return self.history
 
     def _save(self, now: RandomState) -> None:
-        progress = Progress(self._position, tuple(self.history), self._start, now)
+        progress = Progress(self._position, tuple(self.history), self._start, now, self.plan, tuple(self.events))
         save_checkpoint(self.checkpoint, self.model, self._optimizers, progress=progress)
         for callback in self._callbacks:
             callback.on_checkpoint(self.checkpoint)
@@ -186,9 +217,14 @@ class Trainer:
         self._net.train()
         position, epoch, per_epoch = self._position, self._position.epoch + 1, len(batches)
         one_pass = Pass(batches, first=position.batch, start=self._start, now=now)
+        self._begin.mark()
+        self._switch_if_due()
         began = time.perf_counter() - position.seconds
         for images, labels in one_pass:
-            loss, hits = self._train_step(images.to(self.device), labels.to(self.device), one_pass.indices, per_epoch)
+            indices = one_pass.indices
+            loss, hits = self._guard.threads.call(
+                functools.partial(self._train_step, images.to(self.device), labels.to(self.device), indices, per_epoch)
+            )
             position.batch = one_pass.done
             position.seen += len(labels)
             position.correct += hits
@@ -206,7 +242,64 @@ class Trainer:
             for callback in self._callbacks:
                 callback.on_step(done)
             self._between_steps(stop)
+            self._begin.mark()
+            self._switch_if_due()
             began = time.perf_counter() - position.seconds
+
+    def _go_back(self, reason: str) -> RandomState:
+        """To the start of the step that ran out of memory, or to the checkpoint from which it is reached again.
+
+        The plan changes where that step starts, not before: what is repeated gives what it gave. Where the repetition
+        runs out of memory too, the change comes there.
+
+        Returns:
+            The random states there.
+        """
+        step = self._position.step
+        self._begin.clear()
+        if self._switch is None:
+            smaller = self._guard.after_failure(self.plan, step=step, reason=reason)
+            self._switch = Switch("out of memory", step, reason, smaller)
+        else:
+            self._guard.make_room()
+            self._switch = replace(self._switch, step=min(step, self._switch.step))
+        if not self._begin.updated:
+            return self._begin.restore()
+        return self._load()
+
+    def _switch_if_due(self) -> None:
+        """Goes on by another plan where it is time to, and saves: a resumed run must do the same."""
+        switch = self._switch or self._pressed()
+        if switch is None or self._position.step < switch.step:
+            return
+        self._switch = None
+        self.events.append(switch.event(self._position, self.plan))
+        self._use(switch.plan)
+        self._write_plan()
+        self._write_metrics()
+        self._save(RandomState.capture())
+        for callback in self._callbacks:
+            callback.on_memory(self.events[-1])
+
+    def _pressed(self) -> Switch | None:
+        """A smaller plan where the system is short of memory."""
+        reason, warning = self._guard.pressure(), self._guard.warning()
+        if warning is not None:
+            for callback in self._callbacks:
+                callback.on_warning(warning)
+        if reason is None:
+            return None
+        smaller = self._guard.next_plan(self.plan)
+        if smaller is None:
+            return None
+        return Switch("memory pressure", self._position.step, reason, smaller)
+
+    def _use(self, plan: Plan) -> None:
+        self._net.follow(plan)
+        self.plan = plan
+
+    def _write_plan(self) -> None:
+        write_atomically(self.run_dir / "plan.json", self.plan.to_json().encode())
 
     def _between_steps(self, stop: Stop) -> None:
         """Waits, saves, stops, each where it is time to."""
@@ -232,8 +325,7 @@ class Trainer:
             with self._whole(batches, stop, last=position.epoch + 1 == self.recipe.epochs):
                 accuracy = None
                 if test_batches is not None:
-                    measure = self.objective.accuracy if isinstance(self.objective, Grouping) else evaluate
-                    accuracy = measure(self.model, stop.watched(test_batches), device=self.device)
+                    accuracy = self._accuracy(test_batches, stop, now)
         except StopAskedError:
             assert stop.asked is not None
             if self._sampled is None:
@@ -245,6 +337,26 @@ class Trainer:
         return EpochRecord(
             position.epoch + 1, position.loss_sum / seen, position.correct / seen, accuracy, rate, position.seconds
         )
+
+    def _accuracy(self, test_batches: Iterable[Batch], stop: Stop, now: RandomState) -> float | None:
+        """On the test data; where memory runs out once more, in parts half as large."""
+        if isinstance(self.objective, Grouping):
+            measure = functools.partial(self.objective.accuracy, self.model, device=self.device)
+            return self._guard.threads.call(functools.partial(measure, stop.watched(test_batches)))
+        part_size: int | None = None
+        while True:
+            try:
+                return self._guard.threads.call(
+                    functools.partial(
+                        evaluate, self.model, stop.watched(test_batches), device=self.device, part_size=part_size
+                    )
+                )
+            except Exception as error:
+                if part_size == 1 or self._guard.shortage(error) is None:
+                    raise
+            part_size = (part_size or self.plan.input_shape[0]) // 2
+            self._guard.make_room()
+            now.restore()
 
     def _whole(self, batches: Batches, stop: Stop, *, last: bool) -> contextlib.AbstractContextManager[object]:
         """Inside, the model is one to evaluate; it stays so after the last epoch."""
@@ -315,8 +427,9 @@ class Trainer:
                 )
 
     def _write_metrics(self) -> None:
-        lines = "".join(json.dumps(asdict(record)) + "\n" for record in self.history)
-        write_atomically(self.run_dir / "metrics.jsonl", lines.encode())
+        for name, records in (("metrics.jsonl", self.history), ("events.jsonl", self.events)):
+            lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
+            write_atomically(self.run_dir / name, lines.encode())
 
 
 def _is_finite(value: Tensor) -> bool:

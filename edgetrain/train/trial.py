@@ -34,6 +34,7 @@ from edgetrain.train.data.normalise import normalised
 from edgetrain.train.data.prefetch import prefetched
 from edgetrain.train.data.source import Pixels
 from edgetrain.train.embeddings import Contrastive, Triplet
+from edgetrain.train.guard import Guard
 from edgetrain.train.objectives import Objective
 from edgetrain.train.passes import Batch
 from edgetrain.train.recipe import Recipe
@@ -202,7 +203,10 @@ def _train(trial: Trial) -> None:
         objective = trial.objective
         if isinstance(objective, Triplet | Contrastive):
             objective = replace(objective, references=lambda: _Noise([tested], shape))
-        trainer = Trainer(model, plan, run_dir=folder, recipe=recipe, objective=objective, device=trial.device)
+        nothing = Guard(select_target(trial.device), lambda _: ())
+        trainer = Trainer(
+            model, plan, run_dir=folder, recipe=recipe, objective=objective, device=trial.device, guard=nothing
+        )
         trainer.fit(_Noise([n, n], shape), _Noise([tested, max(1, tested // 2)], shape))
 
 

@@ -59,6 +59,19 @@ def test_bit_for_bit_after_a_power_cut(kind: str, tmp_path: Path) -> None:
     assert [line["loss"] for line in lines] == [record.loss for record in history]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_bit_for_bit_from_the_start_of_an_epoch(kind: str, tmp_path: Path) -> None:
+    """A DataLoader draws from the generators when a pass of it begins, which the checkpoint is older than."""
+    whole = uninterrupted(kind, tmp_path / "whole")
+    trainer, batches, tested = make_run(kind, tmp_path / "cut", callbacks=[PowerCut(STEPS + 2)])
+    with pytest.raises(PowerCutError):
+        trainer.fit(batches, tested)
+    assert newest_checkpoint(tmp_path / "cut/checkpoints").state["position"]["step"] == STEPS
+    trainer, batches, tested = make_run(kind, tmp_path / "cut", seed=13)
+    trainer.resume(batches, tested)
+    assert_equal(trainer.checkpoint, whole)
+
+
 def test_the_comparison_can_fail(tmp_path: Path) -> None:
     whole = uninterrupted("dropout", tmp_path / "whole")
     trainer, batches, tested = make_run("dropout", tmp_path / "other", seed=1)
