@@ -33,6 +33,21 @@ def resume(
             action="make the Trainer again in Python and call its resume",
         )
     torch.set_num_threads(training.threads)
+    if record.finetuning is not None:
+        from edgetrain.cli.finetuning import prepare_again, run_finetuning
+        from edgetrain.train import Throttle
+
+        run_finetuning(
+            prepare_again(run, record),
+            out=run,
+            budget_bytes=training.budget_bytes,
+            resume=True,
+            checkpoint_every=checkpoint_every or training.checkpoint_every,
+            throttle=Throttle(pause_file=pause_file, max_celsius=max_temp),
+            as_json=as_json,
+            quiet=quiet,
+        )
+        return
     result = run_training(
         data=record.data,
         model=record.model,

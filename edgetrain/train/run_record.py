@@ -18,7 +18,7 @@ NAME = "run.json"
 
 
 class Training(BaseModel):
-    """How ``edgetrain train`` was called, as far as the plan and the rest of the record do not say it.
+    """How the command was called, as far as the plan and the rest of the record do not say it.
 
     Attributes:
         threads: of torch; the sums in a step are grouped by them, so a run goes on bit for bit only with as many.
@@ -37,6 +37,31 @@ class Training(BaseModel):
     threads: int = Field(ge=1)
 
 
+class Finetuning(BaseModel):
+    """How ``edgetrain finetune`` was called, and what it made of the network that it was given.
+
+    Attributes:
+        source: what ``--from`` named; a path is absolute.
+        made_for: classes for which the network is made, before its head is replaced.
+        head: path of the layer that makes the logits; ``new_head``: whether another took its place.
+        trained, batch_norm, balance, holdout: as ``--train``, ``--batch-norm``, ``--balance``, ``--holdout``.
+        device: profile that was named, for which the result is exported; ``export``: whether it is.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str
+    made_for: int = Field(ge=1)
+    head: str
+    new_head: bool
+    trained: str
+    batch_norm: Literal["live", "fixed"]
+    balance: Literal["sampling", "loss", "none"]
+    holdout: float = Field(gt=0, lt=1)
+    device: str | None
+    export: bool
+
+
 class RunRecord(BaseModel):
     """The network and data of a run.
 
@@ -50,6 +75,7 @@ class RunRecord(BaseModel):
         mean, std: per channel, by which the images 0..1 were normalised.
         seed: of the run.
         training: what ``edgetrain resume`` needs besides; None: the run was started from Python.
+        finetuning: where the network came from and what of it is trained; None: it was trained from fresh weights.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -65,6 +91,7 @@ class RunRecord(BaseModel):
     std: tuple[float, ...]
     seed: int
     training: Training | None = None
+    finetuning: Finetuning | None = None
 
     def write(self, run_dir: Path) -> None:
         """Writes the record into ``run_dir``; raises StorageError where it cannot."""
