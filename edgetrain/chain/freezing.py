@@ -9,6 +9,7 @@ by itself according to ``self.training``, such as ``F.dropout``, follows the mod
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -42,10 +43,15 @@ def freeze(model: nn.Module, blocks: int) -> nn.Module:
     for parameter in frozen:
         parameter.requires_grad_(False)
     trained = {inner for module in kept for inner in module.modules()}
-    for module in {inner for top in chosen for inner in top.modules()} - trained:
-        module.eval()
-        vars(module)["train"] = functools.partial(_unmoved, module)
+    hold_in_evaluation({inner for top in chosen for inner in top.modules()} - trained)
     return model
+
+
+def hold_in_evaluation(modules: Iterable[nn.Module]) -> None:
+    """Puts ``modules``, not what is inside them, into evaluation mode for good, whatever mode is asked for later."""
+    for module in modules:
+        module.training = False
+        vars(module)["train"] = functools.partial(_unmoved, module)
 
 
 def is_frozen(module: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from edgetrain.cli.demo import demo
 from edgetrain.cli.devices import devices
 from edgetrain.cli.estimate import estimate
 from edgetrain.cli.export import export
+from edgetrain.cli.finetune import finetune
 from edgetrain.cli.infer import infer
 from edgetrain.cli.plan import plan
 from edgetrain.cli.report import report
@@ -34,9 +35,22 @@ app = typer.Typer(
     help="Train convolutional networks inside a hard memory cap.",
     pretty_exceptions_enable=False,
 )
-_COMMANDS = ("demo", "train", "resume", "plan", "estimate", "report", "export", "infer", "devices", "calibrate")
+_COMMANDS = (
+    "demo",
+    "train",
+    "finetune",
+    "resume",
+    "plan",
+    "estimate",
+    "report",
+    "export",
+    "infer",
+    "devices",
+    "calibrate",
+)
 app.command()(demo)
 app.command()(train)
+app.command()(finetune)
 app.command()(resume)
 app.command()(plan)
 app.command()(estimate)

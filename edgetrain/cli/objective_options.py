@@ -154,6 +154,14 @@ def order_of(record: ObjectiveRecord, source: Source) -> Order | None:
     return Groups(source.labels, group=_GROUPS[record.name]) if record.name in _GROUPS else None
 
 
+def set_up_weighted(make_model: Callable[[], nn.Module], class_weights: tuple[float, ...] | None) -> ObjectiveSetup:
+    """Cross-entropy, each class with its weight."""
+    from edgetrain.memory import Guest
+    from edgetrain.train import CrossEntropy
+
+    return ObjectiveSetup(CrossEntropy(class_weights=class_weights), make_model, Guest(), None, True, None)
+
+
 def set_up(
     record: ObjectiveRecord,
     *,

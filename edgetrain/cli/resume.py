@@ -36,6 +36,21 @@ def resume(
     torch.set_num_threads(training.threads)
     # the trainer warns of a damaged one; a run of an older version has its plan in plan.json alone
     plan = plan_in(newest_checkpoint(run / "checkpoints", warn=False))
+    if record.finetuning is not None:
+        from edgetrain.cli.finetuning import prepare_again, run_finetuning
+        from edgetrain.train import Throttle
+
+        run_finetuning(
+            prepare_again(run, record, plan),
+            out=run,
+            budget_bytes=training.budget_bytes,
+            resume=True,
+            checkpoint_every=checkpoint_every or training.checkpoint_every,
+            throttle=Throttle(pause_file=pause_file, max_celsius=max_temp),
+            as_json=as_json,
+            quiet=quiet,
+        )
+        return
     result = run_training(
         data=record.data,
         model=record.model,

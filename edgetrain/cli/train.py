@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from edgetrain.planner import Plan
+    from edgetrain.planner import Plan, UniformMode
     from edgetrain.train.run_record import ObjectiveRecord, RunRecord
 
 PLANNED = "planned"
@@ -200,41 +199,25 @@ def run_training(
         resumed: the record of the run in ``out`` that goes on; None starts one.
         plan: by which it goes on.
     """
-    import numpy as np
     import torch
 
     from edgetrain.cli.model_argument import model_maker, sampled_maker
-    from edgetrain.cli.progress import training_display
+    from edgetrain.cli.training import Job, check_display, run_job
     from edgetrain.files import write_atomically
-    from edgetrain.planner import Plan, UniformMode
-    from edgetrain.targets.pressure import PressureGauge
+    from edgetrain.planner import Plan
     from edgetrain.train import Recipe, Throttle
-    from edgetrain.train.capped import train_capped
-    from edgetrain.train.data import Loader, channel_statistics, open_source, sample_images
+    from edgetrain.train.data import channel_statistics, open_source
     from edgetrain.train.run_record import RunRecord, Training
-    from edgetrain.train.trial import EVALUATION_BATCH_SIZE
 
-    known = [PLANNED, *get_args(UniformMode)]
-    if mode not in known:
-        raise UsageError(
-            found=f"--mode {mode}", expected="one of " + ", ".join(known), action=near_matches(mode, known)
-        )
+    check_mode(mode)
     if update_in_backward and (mode != PLANNED or plan_file is not None):
         raise UsageError(
             found="--update-in-backward with --mode or --plan",
             expected="one that a plan is made for",
             action="leave --mode and --plan out, or make the plan with --update-in-backward",
         )
-    if live and quiet:
-        raise UsageError(
-            found="--live with --quiet",
-            expected="one of them: a live view is progress",
-            action="leave --quiet out; where stderr is no terminal, --live draws nothing but the plain progress",
-        )
-    if learning_rate is not None and not 0 < learning_rate < math.inf:
-        raise UsageError(
-            found=f"--learning-rate {learning_rate}", expected="a number above zero", action="write it like 0.1"
-        )
+    check_display(live=live, quiet=quiet)
+    check_rate(learning_rate)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     throttle = Throttle(pause_file=pause_file, max_celsius=max_temp)
     source = open_source(data, split="train", limit=limit_train, seed=seed)
@@ -262,7 +245,7 @@ def run_training(
     input_shape = (source.channels, side, side)
     order = objective_options.order_of(learned, source)
     batch_size = objective_options.whole_groups(learned, min(batch_size, len(source) if order is None else len(order)))
-    chosen: UniformMode | Plan | None = None if mode == PLANNED else cast(UniformMode, mode)
+    chosen: UniformMode | Plan | None = None if mode == PLANNED else cast("UniformMode", mode)
     if plan_file is not None:
         chosen = read_plan(plan_file, channels=source.channels, images=len(source))
     if plan is not None:
@@ -274,8 +257,7 @@ def run_training(
         input_shape = (shape[0], shape[1], shape[2])
     make_model = sampled_maker(make_model, sample_modules, input_shape=input_shape, seed=seed)
     recipe = Recipe(epochs=epochs, batch_size=batch_size, peak_rate=learning_rate, seed=seed)
-    statistics = channel_statistics(source, input_shape, seed=seed) if resumed is None else (resumed.mean, resumed.std)
-    mean, std = (np.asarray(values, dtype=np.float64) for values in statistics)
+    mean, std = channel_statistics(source, input_shape, seed=seed) if resumed is None else (resumed.mean, resumed.std)
     setup = objective_options.set_up(
         learned,
         make_model=make_model,
@@ -312,52 +294,17 @@ def run_training(
             threads=torch.get_num_threads(),
         ),
     )
-    loaders: list[Loader] = []
-
-    def make_batches() -> tuple[Any, Any]:
-        shared: dict[str, Any] = {"image_size": input_shape, "mean": mean, "std": std, "seed": seed}
-        setup.start()
-        training = Loader(
-            source,
-            batch_size=batch_size,
-            augment=setup.augment,
-            shuffle=True,
-            drop_last=True,
-            order=setup.order,
-            **shared,
-        )
-        loaders.append(training)
-        if test_source is None:
-            return training, None
-        test_batch = min(batch_size, EVALUATION_BATCH_SIZE)
-        testing = Loader(test_source, batch_size=test_batch, augment=False, shuffle=False, drop_last=False, **shared)
-        loaders.append(testing)
-        return training, testing
-
-    sample = None if chosen is not None else sample_images(source, input_shape, mean, std, seed=seed)
-
-    (out / "result.json").unlink(missing_ok=True)  # of an earlier run
-    with training_display(budget_bytes=budget_bytes, quiet=quiet, live=live) as progress:
-        run = train_capped(
-            make_model,
-            make_batches,
-            mode=chosen,
-            sample=sample,
-            update_in_backward=update_in_backward,
-            input_shape=input_shape,
-            recipe=recipe,
-            objective=setup.objective,
-            guest=setup.guest,
-            run_dir=out,
-            record=record,
-            budget_bytes=budget_bytes,
-            device=device,
-            resume=resumed is not None,
-            watch=progress.watch,
-            checkpoint_every=checkpoint_every,
-            throttle=throttle,
-            gauge=PressureGauge(),
-        )
+    job = Job(make_model, record, recipe, source, test_source, chosen, update_in_backward, setup=setup)
+    _, outcome = run_job(
+        job,
+        budget_bytes=budget_bytes,
+        out=out,
+        resume=resumed is not None,
+        checkpoint_every=checkpoint_every,
+        throttle=throttle,
+        quiet=quiet,
+        live=live,
+    )
     result = {
         "model": model,
         "pooling": pooling,
@@ -365,22 +312,29 @@ def run_training(
         "sample_modules": sample_modules,
         "freeze": freeze,
         "objective": learned.name,
-        "predicted_step_seconds": None if run.plan.costed is None else run.plan.costed.step_seconds,
-        "step_seconds": batch_size / run.history[-1].images_per_second,
-        "classes": list(source.classes),
-        "input_shape": list(input_shape),
-        "batch_size": batch_size,
-        "seed": seed,
-        "history": [asdict(record) for record in run.history],
-        "events": [asdict(event) for event in run.events],
-        "peak_bytes": run.peak_bytes,
-        "budget_bytes": run.budget_bytes,
-        "broken_images": len({path for loader in loaders for path, _ in loader.broken}),
-        "checkpoint": str(run.checkpoint),
-        "normalisation": {"mean": [float(v) for v in mean], "std": [float(v) for v in std]},
+        **outcome,
     }
     write_atomically(out / "result.json", json.dumps(result).encode())
     return result
+
+
+def check_mode(mode: str) -> None:
+    """Raises UsageError where there is no such ``--mode``."""
+    from edgetrain.planner import UniformMode
+
+    known = [PLANNED, *get_args(UniformMode)]
+    if mode not in known:
+        raise UsageError(
+            found=f"--mode {mode}", expected="one of " + ", ".join(known), action=near_matches(mode, known)
+        )
+
+
+def check_rate(learning_rate: float | None) -> None:
+    """Raises UsageError where a learning rate is not a number above zero."""
+    if learning_rate is not None and not 0 < learning_rate < math.inf:
+        raise UsageError(
+            found=f"--learning-rate {learning_rate}", expected="a number above zero", action="write it like 0.1"
+        )
 
 
 def read_plan(path: Path, *, channels: int, images: int) -> Plan:

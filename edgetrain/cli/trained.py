@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,14 +11,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from edgetrain.chain.head import replace_head
 from edgetrain.cli.model_argument import model_maker
 from edgetrain.errors import DataError
 from edgetrain.export.describe import About
 from edgetrain.export.images import ImageSet, Normalisation, as_image_set
 from edgetrain.models import create_model
 from edgetrain.train.checkpoint import load_weights, newest_checkpoint
-from edgetrain.train.data import BrokenImage, Split, open_source
-from edgetrain.train.data.fit import fit_image
+from edgetrain.train.data import BrokenImage, Source, Split, open_divided, open_source
+from edgetrain.train.data.reduced import decode_fitted
 from edgetrain.train.run_record import RunRecord
 
 
@@ -37,11 +39,7 @@ def load_run(run_dir: Path) -> TrainedRun:
         StorageError: a file of the run is missing, damaged, or of another network.
     """
     record = RunRecord.read(run_dir)
-    classes, channels = record.embedding or len(record.classes), record.input_shape[0]
-    make = model_maker(record.model, num_classes=classes, in_channels=channels, pooling=record.pooling)
-    if record.options:
-        make = functools.partial(create_model, record.model, classes, in_channels=channels, **record.options)
-    model = make()
+    model = network_maker(record)()
     load_weights(newest_checkpoint(run_dir / "checkpoints").path, model)
     plan = run_dir / "plan.json"
     about = About(
@@ -53,12 +51,39 @@ def load_run(run_dir: Path) -> TrainedRun:
     return TrainedRun(model, record, about)
 
 
+def network_maker(record: RunRecord) -> Callable[[], nn.Module]:
+    """A function that makes the network of a run with fresh weights.
+
+    Raises:
+        UsageError: nothing is called as its model is.
+    """
+    finetuning, channels = record.finetuning, record.input_shape[0]
+    classes = record.embedding or (len(record.classes) if finetuning is None else finetuning.made_for)
+    make = model_maker(record.model, num_classes=classes, in_channels=channels, pooling=record.pooling)
+    if record.options:
+        make = functools.partial(create_model, record.model, classes, in_channels=channels, **record.options)
+    if finetuning is None or not finetuning.new_head:
+        return make
+    return functools.partial(_with_head, make, finetuning.head, len(record.classes))
+
+
+def _source(record: RunRecord, split: Split) -> Source:
+    if record.finetuning is None:
+        return open_source(record.data, split=split)
+    divided = open_divided(record.data, holdout=record.finetuning.holdout, seed=record.seed)
+    return divided.train if split == "train" else divided.test
+
+
+def _with_head(make: Callable[[], nn.Module], head: str, classes: int) -> nn.Module:
+    return replace_head(make(), head, classes)
+
+
 def run_images(record: RunRecord, *, split: Split, count: int) -> ImageSet:
     """``count`` images of the run's data on the scale 0..1, the same ones every time; random numbers where they
     cannot be reached, which :attr:`ImageSet.source` then says with the reason.
     """
     try:
-        source = open_source(record.data, split=split)
+        source = _source(record, split)
     except DataError as error:
         if split == "test" and error.found.endswith("has no test split"):
             return run_images(record, split="train", count=count)
@@ -67,7 +92,7 @@ def run_images(record: RunRecord, *, split: Split, count: int) -> ImageSet:
     pixels, names, labels = [], [], []
     for index in np.random.default_rng(0).permutation(len(source)).tolist():
         try:
-            image = fit_image(source.decode(index), record.input_shape)  # (h, w, c)
+            image = decode_fitted(source, index, record.input_shape)  # (h, w, c)
         except BrokenImage:
             continue
         pixels.append(torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32) / 255))  # (c, h, w)

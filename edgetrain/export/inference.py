@@ -184,5 +184,6 @@ def _input_shape(shape: Sequence[int | str], path: Path) -> tuple[int, int, int]
 
 
 def _read(file: Path, shape: tuple[int, int, int]) -> npt.NDArray[np.float32]:
-    image = fit_image(decode_image(str(file), path=str(file), channels=shape[0]), shape)  # (h, w, c)
+    pixels = decode_image(str(file), path=str(file), channels=shape[0], size=shape[1:])
+    image = fit_image(pixels, shape)  # (h, w, c)
     return image.transpose(2, 0, 1).astype(np.float32) / np.float32(255)  # (c, h, w)

@@ -48,7 +48,7 @@ def read_run(folder: Path) -> Run:
     try:
         epochs = tuple(_epoch(line) for line in _lines(folder / "metrics.jsonl"))
         result = json.loads((folder / "result.json").read_text()) if (folder / "result.json").is_file() else {}
-        is_whole = not result.get("sample_modules") and not result.get("freeze")
+        is_whole = not any(result.get(key) for key in ("sample_modules", "freeze", "finetuning"))
         peak, model = result.get("peak_bytes"), result.get("model") if is_whole else None
         num_classes = len(result["classes"]) if "classes" in result else None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

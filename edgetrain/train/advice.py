@@ -68,6 +68,7 @@ def advise(
     input_shape: tuple[int, int, int],
     batch_size: int,
     budget_bytes: int,
+    decoding_bytes: int = 0,
     device: str = "cpu",
     changes: Collection[Change] = CHANGES,
 ) -> str:
@@ -76,6 +77,7 @@ def advise(
     A leaner mode comes first, because it changes nothing but time; then the largest batch; then the budget.
 
     Args:
+        decoding_bytes: of the budget, which a step cannot have.
         changes: what the person can change.
     """
     estimates: dict[UniformMode, tuple[float, float]] = {}
@@ -84,7 +86,7 @@ def advise(
         if candidate not in estimates:
             estimates[candidate] = peak_bytes(make_model, candidate, input_shape=input_shape, device=device)
         fixed, per_sample = estimates[candidate]
-        return fixed + per_sample * samples
+        return fixed + per_sample * samples + decoding_bytes
 
     widening = max(WIDENING, 1.05 * budget_bytes / raw(mode, batch_size))
 
@@ -92,7 +94,8 @@ def advise(
         return widening * raw(candidate, samples)
 
     def runs(candidate: UniformMode, samples: int, cap_bytes: int) -> bool:
-        return trials.fits(Trial(make_model, candidate, input_shape, samples, cap_bytes, device))
+        step_bytes = max(1, cap_bytes - decoding_bytes)
+        return trials.fits(Trial(make_model, candidate, input_shape, samples, step_bytes, device))
 
     with Trials() as trials:
         lean: UniformMode = mode

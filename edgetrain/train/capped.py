@@ -88,6 +88,7 @@ def train_capped(
     run_dir: Path,
     record: RunRecord | None = None,
     budget_bytes: int | None,
+    decoding_bytes: int = 0,
     device: str = "cpu",
     resume: bool = False,
     watch: Callable[[Target], contextlib.AbstractContextManager[Sequence[Callback]]] = _unwatched,
@@ -108,6 +109,8 @@ def train_capped(
         input_shape: (c, h, w).
         objective: the loss; None: cross-entropy.
         record: what the network is, for whoever opens the run directory.
+        decoding_bytes: what decoding an image takes besides the batch, :func:`edgetrain.train.data.decoding_bytes`;
+            plans leave it free.
         resume: go on with the run in ``run_dir``, whose plan is given as ``mode``.
         watch: entered while the run is counted, with the target, whose memory may be read; gives callbacks.
         checkpoint_every, throttle: see :class:`Trainer`.
@@ -131,6 +134,7 @@ def train_capped(
                 input_shape=input_shape,
                 batch_size=recipe.batch_size,
                 budget_bytes=budget_bytes - beside.standing_bytes,
+                decoding_bytes=decoding_bytes,
                 device=device,
                 changes=allowed,
             ).result()
@@ -150,7 +154,7 @@ def train_capped(
             make_model,
             input_shape=input_shape,
             recipe=recipe,
-            budget_bytes=budget_bytes,
+            budget_bytes=None if budget_bytes is None else max(1, budget_bytes - decoding_bytes),
             device=device,
             sample=sample,
             update_in_backward=update_in_backward,

@@ -50,7 +50,7 @@ class ObjectiveRecord(BaseModel):
 
 
 class Training(BaseModel):
-    """How ``edgetrain train`` was called, as far as the plan and the rest of the record do not say it.
+    """How the command was called, as far as the plan and the rest of the record do not say it.
 
     Attributes:
         threads: of torch; the sums in a step are grouped by them, so a run goes on bit for bit only with as many.
@@ -70,6 +70,31 @@ class Training(BaseModel):
     threads: int = Field(ge=1)
 
 
+class Finetuning(BaseModel):
+    """How ``edgetrain finetune`` was called, and what it made of the network that it was given.
+
+    Attributes:
+        source: what ``--from`` named; a path is absolute.
+        made_for: classes for which the network is made, before its head is replaced.
+        head: path of the layer that makes the logits; ``new_head``: whether another took its place.
+        trained, batch_norm, balance, holdout: as ``--train``, ``--batch-norm``, ``--balance``, ``--holdout``.
+        device: profile that was named, for which the result is exported; ``export``: whether it is.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str
+    made_for: int = Field(ge=1)
+    head: str
+    new_head: bool
+    trained: str
+    batch_norm: Literal["live", "fixed"]
+    balance: Literal["sampling", "loss", "none"]
+    holdout: float = Field(gt=0, lt=1)
+    device: str | None
+    export: bool
+
+
 class RunRecord(BaseModel):
     """The network and data of a run.
 
@@ -84,6 +109,7 @@ class RunRecord(BaseModel):
         seed: of the run.
         embedding: width of the output where that is an embedding; None: it has a logit for each class.
         training: what ``edgetrain resume`` needs besides; None: the run was started from Python.
+        finetuning: where the network came from and what of it is trained; None: it was trained from fresh weights.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -100,6 +126,7 @@ class RunRecord(BaseModel):
     seed: int
     embedding: int | None = None
     training: Training | None = None
+    finetuning: Finetuning | None = None
 
     def write(self, run_dir: Path) -> None:
         """Writes the record into ``run_dir``; raises StorageError where it cannot."""

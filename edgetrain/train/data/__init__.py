@@ -4,9 +4,11 @@
 """
 
 from edgetrain.train.data.groups import Groups
+from edgetrain.train.data.holdout import open_divided
 from edgetrain.train.data.loader import Loader
 from edgetrain.train.data.normalise import channel_statistics, sample_images
 from edgetrain.train.data.opening import open_source
+from edgetrain.train.data.reduced import decoding_bytes
 from edgetrain.train.data.source import BrokenImage, Source, Split
 from edgetrain.train.data.subset import Subset
 
@@ -18,6 +20,8 @@ __all__ = [
     "Split",
     "Subset",
     "channel_statistics",
+    "decoding_bytes",
+    "open_divided",
     "open_source",
     "sample_images",
 ]

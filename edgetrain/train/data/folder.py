@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from edgetrain.errors import DataError
-from edgetrain.train.data.decode import IMAGE_SUFFIXES, decode_image, header_channels
+from edgetrain.train.data.decode import IMAGE_SUFFIXES, decode_image, decoding_bytes, header_channels
 from edgetrain.train.data.source import Labels, Pixels, Split, check_labels, no_split
 
 _TEST_FOLDERS = ("test", "validation", "val")
@@ -47,6 +47,15 @@ class FolderSource:
         path = str(self._path(index))
         return decode_image(path, path=path, channels=self.channels)
 
+    def decode_reduced(self, index: int, size: tuple[int, int]) -> Pixels:
+        """Image ``index`` in ``size``, (height, width, c); raises BrokenImage."""
+        path = str(self._path(index))
+        return decode_image(path, path=path, channels=self.channels, size=size)
+
+    def decoding_bytes(self, index: int, size: tuple[int, int]) -> int:
+        """Most bytes that :meth:`decode_reduced` takes."""
+        return decoding_bytes(str(self._path(index)), channels=self.channels, size=size)
+
     def _path(self, index: int) -> Path:
         return self._root.joinpath(*self._files[index])
 
@@ -54,6 +63,16 @@ class FolderSource:
 def is_image_folder(root: Path) -> bool:
     """Whether some folder below looks like a class, or ``train`` is there."""
     return (root / "train").is_dir() or any(_images(folder) for folder in _subfolders(root))
+
+
+def is_undivided(root: Path) -> bool:
+    """Whether ``root`` holds a folder per class, and no split."""
+    return root.is_dir() and not (root / "train").is_dir() and is_image_folder(root)
+
+
+def open_undivided(root: Path) -> FolderSource:
+    """All images of a folder per class; raises DataError as :func:`open_folder`."""
+    return _open(root, root, [folder.name for folder in _subfolders(root)], "train", hashed=False)
 
 
 def open_folder(root: Path, split: Split) -> FolderSource:

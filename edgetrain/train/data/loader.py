@@ -19,10 +19,12 @@ from torch import Tensor
 
 from edgetrain.errors import DataError, UsageError
 from edgetrain.train.data.augment import augment_image, choose
-from edgetrain.train.data.fit import ImageSize, check_image_size, fit_image
+from edgetrain.train.data.balance import balanced_draws
+from edgetrain.train.data.fit import ImageSize, check_image_size
 from edgetrain.train.data.groups import Order
 from edgetrain.train.data.normalise import check_statistic, normalised
 from edgetrain.train.data.prefetch import prefetched
+from edgetrain.train.data.reduced import decode_fitted
 from edgetrain.train.data.source import BrokenImage, Pixels, Source
 from edgetrain.train.data.subset import Indices, is_mirror_invariant
 
@@ -45,6 +47,7 @@ class Loader:
         mean, std: per channel on the scale 0..1, as ``channel_statistics`` gives them; None leaves 0..1.
         flip: whether augmentation mirrors; None asks the source (digits are not mirrored).
         order: of the images, in groups that stay together; None: each image once, as ``shuffle`` says.
+        balanced: whether every class is drawn equally often, see ``balance.py``; only where it is shuffled.
 
     Attributes:
         broken: (path, reason) of the broken images met in this pass, or in the last one.
@@ -71,6 +74,7 @@ class Loader:
         std: npt.ArrayLike | None = None,
         flip: bool | None = None,
         order: Order | None = None,
+        balanced: bool = False,
     ) -> None:
         check_image_size(image_size)
         _check_least("batch size", batch_size, 1)
@@ -97,6 +101,7 @@ class Loader:
         self.broken: list[tuple[str, str]] = []
         self._augment = augment
         self._shuffle = shuffle
+        self._balanced = balanced
         self._seed = seed
         self._flip = is_mirror_invariant(source) if flip is None else flip
         self._mean = check_statistic(mean, image_size[0], "mean", default=0.0)
@@ -135,39 +140,45 @@ class Loader:
 
     def _pass(self, epoch: int, start_batch: int) -> Iterator[Batch]:
         self.broken = []
-        if self._order is not None:
-            order = self._order(seed=self._seed, epoch=epoch)
-        else:
-            order = np.arange(len(self.source), dtype=np.int64)
-            if self._shuffle:
-                order = np.random.default_rng((self._seed, epoch)).permutation(order)
+        order = self._draws(epoch)
         starts = range(start_batch * self.batch_size, self._images, self.batch_size)
         self.done = start_batch
         jobs = ((start, order[start : min(start + self.batch_size, self._images)]) for start in starts)
         yield from prefetched(jobs, build=partial(self._build, epoch), finish=self._finish)
 
+    def _draws(self, epoch: int) -> Indices:
+        """What is drawn in an epoch, (n,): image ``draw % n``, taken ``draw // n`` times before."""
+        if self._order is not None:
+            return self._order(seed=self._seed, epoch=epoch)
+        if not self._shuffle:
+            return np.arange(len(self.source), dtype=np.int64)
+        rng = np.random.default_rng((self._seed, epoch))
+        if self._balanced:
+            return balanced_draws(self.source.labels, rng=rng)
+        return rng.permutation(np.arange(len(self.source), dtype=np.int64))
+
     def _build(self, epoch: int, job: tuple[int, Indices], stop: threading.Event) -> _Raw | None:
         """``(batches done, images (n, c, h, w) uint8, indices)`` without the broken images; None if none is left.
 
         Args:
-            job: place of the first image in the order, and the indices of all.
+            job: place of the first image in the order, and the draws of all.
         """
-        start, indices = job
+        start, draws = job
         channels, height, width = self.image_size
-        pixels = np.empty((len(indices), channels, height, width), np.uint8)
+        pixels = np.empty((len(draws), channels, height, width), np.uint8)
         kept: list[int] = []
         group = 1 if self._order is None else self._order.group
         resume_at = 0  # place of the first image after a group that lost one
         choice = None
         if self._augment:
-            choice = choose(indices, size=(height, width), seed=self._seed, epoch=epoch, flip=self._flip)
-        for k, index in enumerate(indices.tolist()):
+            choice = choose(draws, size=(height, width), seed=self._seed, epoch=epoch, flip=self._flip)
+        for k, index in enumerate((draws % len(self.source)).tolist()):
             if stop.is_set():
                 return None
             if k < resume_at:
                 continue
             try:
-                image = fit_image(self.source.decode(index), self.image_size)  # (h, w, c)
+                image = decode_fitted(self.source, index, self.image_size)  # (h, w, c)
             except BrokenImage as error:
                 self._note(error)
                 del kept[len(kept) - k % group :]  # those of its group that came before
@@ -186,6 +197,8 @@ class Loader:
 
     def _note(self, error: BrokenImage) -> None:
         """Counts a broken image, and gives up when there are too many."""
+        if error.path in (path for path, _ in self.broken):  # drawn before in this pass
+            return
         self.broken.append((error.path, error.reason))
         if error.path not in self._logged:
             self._logged.add(error.path)

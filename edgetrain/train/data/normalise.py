@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from edgetrain.errors import DataError, UsageError
-from edgetrain.train.data.fit import ImageSize, check_image_size, fit_image
+from edgetrain.train.data.fit import ImageSize, check_image_size
+from edgetrain.train.data.reduced import decode_fitted
 from edgetrain.train.data.source import BrokenImage, Pixels, Source
 
 Statistic = npt.NDArray[np.float64]
@@ -38,7 +39,7 @@ def channel_statistics(
     pixels, broken = 0, []
     for index in np.sort(chosen):
         try:
-            image = fit_image(source.decode(int(index)), image_size)  # (h, w, c)
+            image = decode_fitted(source, int(index), image_size)  # (h, w, c)
         except BrokenImage as error:
             broken.append(error.path)
             continue
@@ -64,7 +65,7 @@ def sample_images(
     images = []
     for index in np.random.default_rng(seed).permutation(len(source)):
         try:
-            images.append(fit_image(source.decode(int(index)), image_size).transpose(2, 0, 1))  # (c, h, w)
+            images.append(decode_fitted(source, int(index), image_size).transpose(2, 0, 1))  # (c, h, w)
         except BrokenImage:
             continue
         if len(images) == count:

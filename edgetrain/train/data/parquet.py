@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from edgetrain.errors import DataError
-from edgetrain.train.data.decode import decode_image, header_channels
+from edgetrain.train.data.decode import decode_image, decoding_bytes, header_channels
 from edgetrain.train.data.source import BrokenImage, Labels, Pixels, check_labels
 from edgetrain.train.data.stored import spooled
 from edgetrain.train.data.subset import Indices, stratified_indices
@@ -66,13 +66,25 @@ class ParquetSource:
 
     def decode(self, index: int) -> Pixels:
         """Image ``index``, (h, w, c); raises BrokenImage."""
+        return self._decoded(index, None)
+
+    def decode_reduced(self, index: int, size: tuple[int, int]) -> Pixels:
+        """Image ``index`` in ``size``, (height, width, c); raises BrokenImage."""
+        return self._decoded(index, size)
+
+    def decoding_bytes(self, index: int, size: tuple[int, int]) -> int:
+        """Most bytes that :meth:`decode_reduced` takes, the encoded image included."""
+        data = self._bytes(index)
+        return len(data) + decoding_bytes(BytesIO(data), channels=self.channels, size=size)
+
+    def _decoded(self, index: int, size: tuple[int, int] | None) -> Pixels:
         row = int(self._rows[index])
         k = int(np.searchsorted(self._starts, row, side="right")) - 1
         path = f"{self._files[k]} row {row - int(self._starts[k])}"
         data = self._bytes(index)
         if not data:
             raise BrokenImage(path, "the row holds no bytes")
-        return decode_image(BytesIO(data), path=path, channels=self.channels)
+        return decode_image(BytesIO(data), path=path, channels=self.channels, size=size)
 
     def _bytes(self, index: int) -> bytes:
         start, end = int(self._offsets[index]), int(self._offsets[index + 1])

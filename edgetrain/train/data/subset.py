@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.errors import UsageError
+from edgetrain.train.data.reduced import decode_reduced
 from edgetrain.train.data.source import Labels, Pixels, Source
 
 Indices = npt.NDArray[np.int64]
@@ -58,6 +59,15 @@ class Subset:
     def decode(self, index: int) -> Pixels:
         """Image ``index`` of the subset, (h, w, c); raises BrokenImage as the whole source does."""
         return self._source.decode(int(self._indices[index]))
+
+    def decode_reduced(self, index: int, size: tuple[int, int]) -> Pixels:
+        """Image ``index`` in (height, width) ``size`` where the whole source can; raises BrokenImage."""
+        return decode_reduced(self._source, int(self._indices[index]), size)
+
+    def decoding_bytes(self, index: int, size: tuple[int, int]) -> int:
+        """As that of the whole source, 0 where it has none."""
+        of_image = getattr(self._source, "decoding_bytes", None)
+        return 0 if of_image is None else int(of_image(int(self._indices[index]), size))
 
 
 def is_mirror_invariant(source: Source) -> bool:

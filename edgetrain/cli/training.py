@@ -1,0 +1,151 @@
+"""What ``train``, ``finetune`` and ``resume`` share: data, network and recipe to a run inside a cap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgetrain.cli.objective_options import ObjectiveSetup
+from edgetrain.cli.progress import training_display
+from edgetrain.errors import UsageError
+from edgetrain.planner import Plan, UniformMode
+from edgetrain.targets.pressure import PressureGauge
+from edgetrain.train import Recipe, Throttle
+from edgetrain.train.capped import CappedRun, train_capped
+from edgetrain.train.data import Loader, Source, decoding_bytes, sample_images
+from edgetrain.train.run_record import RunRecord
+from edgetrain.train.trial import EVALUATION_BATCH_SIZE
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is ready to begin.
+
+    Attributes:
+        make_model: makes the network.
+        record: its input, normalisation, classes and seed.
+        source: training images; ``test_source``: None for none.
+        chosen: a mode for all blocks or a plan; None: the fastest plan that fits.
+        setup: what is learnt; None: cross-entropy.
+        balanced: whether every class is drawn equally often.
+    """
+
+    make_model: Callable[[], nn.Module]
+    record: RunRecord
+    recipe: Recipe
+    source: Source
+    test_source: Source | None
+    chosen: UniformMode | Plan | None
+    update_in_backward: bool = False
+    setup: ObjectiveSetup | None = None
+    balanced: bool = False
+
+    def batches(self) -> Loader:
+        """The training data."""
+        return self._loader(self.source, self.recipe.batch_size, training=True)
+
+    def test_batches(self) -> Loader | None:
+        """The test data."""
+        if self.test_source is None:
+            return None
+        return self._loader(self.test_source, min(self.recipe.batch_size, EVALUATION_BATCH_SIZE), training=False)
+
+    def _loader(self, source: Source, batch_size: int, *, training: bool) -> Loader:
+        setup = self.setup if training else None
+        return Loader(
+            source,
+            batch_size=batch_size,
+            image_size=self.record.input_shape,
+            augment=training and (setup is None or setup.augment),
+            shuffle=training,
+            seed=self.record.seed,
+            drop_last=training,
+            mean=self.record.mean,
+            std=self.record.std,
+            order=None if setup is None else setup.order,
+            balanced=training and self.balanced,
+        )
+
+
+def run_job(
+    job: Job,
+    *,
+    budget_bytes: int | None,
+    out: Path,
+    resume: bool,
+    checkpoint_every: int | None,
+    throttle: Throttle,
+    quiet: bool,
+    live: bool = False,
+) -> tuple[CappedRun, dict[str, Any]]:
+    """Runs ``job`` into the directory ``out``; what it gave, also as the part of the result that all commands print.
+
+    Args:
+        resume: go on with the run that is there.
+    """
+    record = job.record
+    loaders: list[Loader] = []
+
+    def make_batches() -> tuple[Loader, Loader | None]:
+        if job.setup is not None:
+            job.setup.start()
+        training, testing = job.batches(), job.test_batches()
+        loaders.extend(loader for loader in (training, testing) if loader is not None)
+        return training, testing
+
+    sample = None
+    if job.chosen is None:
+        sample = sample_images(job.source, record.input_shape, record.mean, record.std, seed=record.seed)
+    (out / "result.json").unlink(missing_ok=True)  # of an earlier run
+    with training_display(budget_bytes=budget_bytes, quiet=quiet, live=live) as progress:
+        run = train_capped(
+            job.make_model,
+            make_batches,
+            mode=job.chosen,
+            sample=sample,
+            update_in_backward=job.update_in_backward,
+            input_shape=record.input_shape,
+            recipe=job.recipe,
+            objective=None if job.setup is None else job.setup.objective,
+            guest=None if job.setup is None else job.setup.guest,
+            run_dir=out,
+            record=record,
+            budget_bytes=budget_bytes,
+            decoding_bytes=max(decoding_bytes(s, record.input_shape) for s in (job.source, job.test_source) if s),
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            resume=resume,
+            watch=progress.watch,
+            checkpoint_every=checkpoint_every,
+            throttle=throttle,
+            gauge=PressureGauge(),
+        )
+    return run, {
+        "predicted_step_seconds": None if run.plan.costed is None else run.plan.costed.step_seconds,
+        "step_seconds": job.recipe.batch_size / run.history[-1].images_per_second,
+        "classes": list(record.classes),
+        "input_shape": list(record.input_shape),
+        "batch_size": job.recipe.batch_size,
+        "seed": record.seed,
+        "history": [asdict(epoch) for epoch in run.history],
+        "events": [asdict(event) for event in run.events],
+        "peak_bytes": run.peak_bytes,
+        "budget_bytes": run.budget_bytes,
+        "broken_images": len({path for loader in loaders for path, _ in loader.broken}),
+        "checkpoint": str(run.checkpoint),
+        "normalisation": {"mean": list(record.mean), "std": list(record.std)},
+    }
+
+
+def check_display(*, live: bool, quiet: bool) -> None:
+    """Raises UsageError where progress is asked for in two ways."""
+    if live and quiet:
+        raise UsageError(
+            found="--live with --quiet",
+            expected="one of them: a live view is progress",
+            action="leave --quiet out; where stderr is no terminal, --live draws nothing but the plain progress",
+        )

@@ -1,0 +1,170 @@
+"""Fine-tuning inside a cap against the same network, seeds and data keeping everything; and what decoding takes.
+
+hybrid18 is trained on CIFAR-10 and adapted to photographs of magnetic tiles (Huang, Qiu, Yuan 2018), each run in a
+fresh process through the command line. With --keep, runs that are there are not made again.
+
+    python tools/finetune_bench.py --pretrain DIR --data DIR --out docs/results/finetune_cpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from environment import publish
+from PIL import Image
+
+WAYS = (("planned", "inside the cap"), ("keep_all", "keeping everything"))
+MIB = 2**20
+
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    "JPEG": ("JPEG", {}),
+    "progressive JPEG": ("JPEG", {"progressive": True, "subsampling": 0}),
+    "PNG": ("PNG", {"compress_level": 1}),
+}
+"""Name -> format and options of a photograph of 4000x3000."""
+
+DECODE = """
+import json, sys
+from pathlib import Path
+from edgetrain.targets import return_large_blocks
+from edgetrain.train.data.decode import decode_image, decoding_bytes
+
+def kib(name):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1])
+
+return_large_blocks(2**20)
+small, large = sys.argv[1:]
+decode_image(small, path=small, channels=3, size=(64, 64))
+Path("/proc/self/clear_refs").write_text("5")
+before = kib("VmRSS")
+decode_image(large, path=large, channels=3, size=(64, 64))
+peak = (kib("VmHWM") - before) * 1024
+print(json.dumps([peak, decoding_bytes(large, channels=3, size=(64, 64))]))
+"""
+
+
+def command(*words: str | Path) -> dict[str, Any]:
+    """The result of one command of edgetrain in a fresh process."""
+    arguments = [sys.executable, "-m", "edgetrain.cli.main", *map(str, words), "--json", "--quiet"]
+    done = subprocess.run(arguments, stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def made(folder: Path, *words: str | Path) -> dict[str, Any]:
+    """As :func:`command` into ``folder``, or what is there from before."""
+    kept = folder / "result.json"
+    return json.loads(kept.read_text()) if kept.exists() else command(*words, "--out", folder)
+
+
+def finetuned(arguments: argparse.Namespace, runs: Path, mode: str, label: str, seed: int) -> dict[str, Any]:
+    """One row: a run inside the budget, or one that keeps everything."""
+    capped = mode == "planned"
+    folder = runs / f"{mode}-{seed}"
+    result = made(
+        folder,
+        *("finetune", "--from", runs / "pretrained", "--data", arguments.data, "--mode", mode, "--seed", str(seed)),
+        *("--budget", arguments.budget if capped else "none", "--epochs", str(arguments.epochs)),
+        *("--batch-size", str(arguments.batch_size), "--no-export"),
+    )
+    everything = next(choice for choice in result["choices"] if choice["trained"] == "all")
+    return {
+        "label": label,
+        "seed": seed,
+        "accuracy": result["accuracy"],
+        "macro_f1": result["macro_f1"],
+        "recall": {row["name"]: row["recall"] for row in result["per_class"]},
+        "loss": result["history"][-1]["loss"],
+        "peak_bytes": result["peak_bytes"],
+        "planned_bytes": result["planned_bytes"] if capped else everything["keep_all_bytes"],
+        "budget_bytes": result["budget_bytes"],
+        "images_per_second": result["history"][-1]["images_per_second"],
+        "batch_size": result["batch_size"],
+        "input_shape": result["input_shape"],
+        "images": result["images"],
+    }
+
+
+def decoding() -> list[dict[str, Any]]:
+    """What decoding a photograph of 12 megapixels for 64x64 takes, as predicted and as growth of a process."""
+    rows = []
+    noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (kind, options) in FORMATS.items():
+            files = [f"{folder}/small", f"{folder}/large"]
+            for file, size in zip(files, ((40, 40), (4000, 3000)), strict=True):
+                Image.fromarray(noise).resize(size).save(file, kind, **options)
+            done = subprocess.run([sys.executable, "-c", DECODE, *files], capture_output=True, text=True, check=True)
+            measured, predicted = json.loads(done.stdout)
+            rows.append({"format": name, "peak_bytes": measured, "predicted_bytes": predicted})
+    return rows
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over the seeds, and inside the cap less keeping everything in points, with its standard error."""
+    ways = {label: [row for row in rows if row["label"] == label] for _, label in WAYS}
+    found: dict[str, Any] = {}
+    for key in ("accuracy", "macro_f1"):
+        pairs = [(one[key], other[key]) for one, other in zip(*ways.values(), strict=True)]
+        differences = [100 * (one - other) for one, other in pairs]
+        spread = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
+        found[key] = {label: statistics.mean(row[key] for row in of) for label, of in ways.items()}
+        found[key] |= {"difference_points": statistics.mean(differences), "standard_error_points": spread}
+    return found
+
+
+def main() -> None:
+    """Trains, adapts in both ways, measures decoding, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pretrain", type=Path, required=True, help="CIFAR-10")
+    parser.add_argument("--data", type=Path, required=True, help="the photographs")
+    parser.add_argument("--limit-pretrain", type=int, default=4000)
+    parser.add_argument("--pretrain-epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--budget", default="300MiB")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--keep", type=Path, help="folder of the runs")
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    parser.add_argument("--out", type=Path, help="write the JSON document to this file too")
+    arguments = parser.parse_args()
+    shown = sys.stderr if arguments.json else sys.stdout
+    with tempfile.TemporaryDirectory() as folder:
+        runs: Path = arguments.keep or Path(folder)
+        pretrained = made(
+            runs / "pretrained",
+            *("train", "--model", "hybrid18", "--data", arguments.pretrain, "--batch-size", "64"),
+            *("--limit-train", str(arguments.limit_pretrain), "--limit-test", "1000"),
+            *("--epochs", str(arguments.pretrain_epochs)),
+        )
+        rows = []
+        for seed in range(arguments.seeds):
+            for mode, label in WAYS:
+                row = finetuned(arguments, runs, mode, label, seed)
+                rows.append(row)
+                print(
+                    f"seed {seed} {label:<20} accuracy {row['accuracy']:.2%}  macro-F1 {row['macro_f1']:.2%}  "
+                    f"peak {row['peak_bytes'] / MIB:.0f} MiB  planned {row['planned_bytes'] / MIB:.0f} MiB",
+                    file=shown,
+                    flush=True,
+                )
+    publish(
+        rows,
+        out=arguments.out,
+        as_json=arguments.json,
+        summary=summary(rows),
+        pretrained={"test_accuracy": pretrained["history"][-1]["test_accuracy"]},
+        decoding=decoding(),
+    )
+
+
+if __name__ == "__main__":
+    main()
