@@ -70,6 +70,9 @@ def train(
     out: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/last"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
     quiet: Annotated[bool, typer.Option(help="No progress on stderr.")] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write TensorBoard event files into OUT/tensorboard.")
+    ] = False,
     live: Annotated[
         bool, typer.Option("--live", help="A chart of memory against the budget on stderr, where it is a terminal.")
     ] = False,
@@ -96,6 +99,7 @@ def train(
         pause_file=pause_file,
         max_temp=max_temp,
         out=out,
+        tensorboard=tensorboard,
         quiet=quiet,
         live=live,
     )
@@ -160,6 +164,7 @@ def run_training(
     pause_file: Path | None = None,
     max_temp: float | None = None,
     out: Path,
+    tensorboard: bool = False,
     resumed: RunRecord | None = None,
     quiet: bool,
     live: bool = False,
@@ -180,6 +185,7 @@ def run_training(
     from edgetrain.train.capped import train_capped
     from edgetrain.train.data import Loader, channel_statistics, open_source, sample_images
     from edgetrain.train.run_record import RunRecord, Training
+    from edgetrain.train.tensorboard import with_tensorboard
     from edgetrain.train.trial import EVALUATION_BATCH_SIZE
 
     known = [PLANNED, *get_args(UniformMode)]
@@ -246,6 +252,7 @@ def run_training(
             limit_test=limit_test,
             checkpoint_every=checkpoint_every,
             threads=torch.get_num_threads(),
+            tensorboard=tensorboard,
         ),
     )
     loaders: list[Loader] = []
@@ -278,7 +285,9 @@ def run_training(
             budget_bytes=budget_bytes,
             device="cuda" if torch.cuda.is_available() else "cpu",
             resume=resumed is not None,
-            watch=progress.watch,
+            watch=with_tensorboard(progress.watch, out / "tensorboard", budget_bytes=budget_bytes)
+            if tensorboard
+            else progress.watch,
             checkpoint_every=checkpoint_every,
             throttle=throttle,
         )

@@ -8,6 +8,7 @@ from edgetrain.train.objectives import CrossEntropy, Objective
 from edgetrain.train.recipe import Recipe, undecayed_parameters
 from edgetrain.train.records import EpochRecord, StepRecord
 from edgetrain.train.stopping import InterruptedRunError
+from edgetrain.train.tensorboard import TensorBoard
 from edgetrain.train.throttle import Throttle
 from edgetrain.train.trainer import Trainer
 
@@ -19,6 +20,7 @@ __all__ = [
     "Objective",
     "Recipe",
     "StepRecord",
+    "TensorBoard",
     "Throttle",
     "Trainer",
     "evaluate",

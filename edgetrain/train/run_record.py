@@ -21,6 +21,7 @@ class Training(BaseModel):
     """How ``edgetrain train`` was called, as far as the plan and the rest of the record do not say it.
 
     Attributes:
+        tensorboard: whether event files are written.
         threads: of torch; the sums in a step are grouped by them, so a run goes on bit for bit only with as many.
     """
 
@@ -35,6 +36,7 @@ class Training(BaseModel):
     limit_test: int | None
     checkpoint_every: int | None
     threads: int = Field(ge=1)
+    tensorboard: bool = False
 
 
 class RunRecord(BaseModel):
