@@ -324,7 +324,7 @@ def read_plan(path: Path, *, channels: int, images: int) -> Plan:
     from edgetrain.errors import ModelError
     from edgetrain.planner import Plan
 
-    plan = Plan.from_json(path.read_text())
+    plan = Plan.read(path)
     batch_size, *shape = plan.input_shape
     if len(shape) != 3 or shape[0] != channels:
         raise ModelError(
