@@ -25,7 +25,9 @@ def write_atomically(
     temporary = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        # a new file always: through a link of that name, in a folder from elsewhere, another file would be written
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:
             for piece in [content] if isinstance(content, bytes) else content:
                 file.write(piece)
             file.flush()

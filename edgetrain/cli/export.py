@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = {"onnx": ".onnx", "tensorrt": ".engine"}
 """Formats, and what their files end in."""
+FORMATS = [*SUFFIXES, "ort-training"]
 CALIBRATION_IMAGES = 256
 
 
@@ -32,7 +33,7 @@ def export(
     ] = None,
     input_shape: Annotated[str, typer.Option("--input", help="Shape of one image, with --model.")] = "3x32x32",
     num_classes: Annotated[int, typer.Option("--num-classes", min=2, help="Classes, with --model.")] = 10,
-    format: Annotated[str, typer.Option(help="onnx or tensorrt.")] = "onnx",
+    format: Annotated[str, typer.Option(help="onnx, tensorrt or ort-training.")] = "onnx",
     device: Annotated[str | None, typer.Option(help="Profile of the device, like orin-nano-8gb.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "fp32",
     batch: Annotated[
@@ -53,12 +54,27 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print the certificate as one JSON document.")] = False,
 ) -> None:
     """Export a trained network: folded, checked, and compared with PyTorch before the file gets its name."""
-    if format not in SUFFIXES:
+    if format not in FORMATS:
         raise UsageError(
-            found=f"--format {format}",
-            expected="one of " + ", ".join(SUFFIXES),
-            action=near_matches(format, list(SUFFIXES)),
+            found=f"--format {format}", expected="one of " + ", ".join(FORMATS), action=near_matches(format, FORMATS)
         )
+    if format == "ort-training":
+        from edgetrain.cli.export_ort_training import export_ort_training
+
+        export_ort_training(
+            load_network(run, model, input_shape, num_classes, precision="fp32", images=images),
+            out=out or (run or Path()) / "export" / format,
+            batch=batch,
+            options={
+                "--device": (device, None),
+                "--precision": (precision, "fp32"),
+                "--refittable": (refittable, False),
+                "--refit": (refit, None),
+                "--explain": (explain, False),
+            },
+            as_json=as_json,
+        )
+        return
     if format == "onnx" and (refittable or refit is not None):
         raise UsageError(
             found="--refittable or --refit with --format onnx", expected="an engine", action="pass --format tensorrt"
@@ -115,14 +131,8 @@ def run_export(
     """What ``edgetrain export --format onnx`` does, as a value, and the images that it compared on."""
     from edgetrain.export import export_onnx
 
-    if (run is None) == (model is None):
-        raise UsageError(
-            found="neither a run nor --model" if run is None else "both a run and --model",
-            expected="one of them",
-            action="name the directory that edgetrain train wrote, or pass --model for fresh weights",
-        )
-    network, shape, about, shown, calibration = (
-        _fresh(cast(str, model), input_shape, num_classes) if run is None else _trained(run, precision, images)
+    network, shape, about, shown, calibration = load_network(
+        run, model, input_shape, num_classes, precision=precision, images=images
     )
     exported = export_onnx(
         network,
@@ -157,10 +167,24 @@ def _target(out: Path | None, run: Path | None, format: str, precision: str) -> 
     return folder / f"{'model' if precision == 'fp32' else f'model-{precision}'}{suffix}"
 
 
-_Network = tuple["nn.Module", "tuple[int, int, int]", "About", "ImageSet | None", "ImageSet | None"]
+Network = tuple["nn.Module", "tuple[int, int, int]", "About", "ImageSet | None", "ImageSet | None"]
+"""A network, its input shape (c, h, w), what is known of it, and images to compare and to calibrate on."""
 
 
-def _trained(run: Path, precision: str, images: int) -> _Network:
+def load_network(
+    run: Path | None, model: str | None, input_shape: str, num_classes: int, *, precision: str, images: int
+) -> Network:
+    """The network of a run, or one with fresh weights; raises UsageError where not exactly one is named."""
+    if (run is None) == (model is None):
+        raise UsageError(
+            found="neither a run nor --model" if run is None else "both a run and --model",
+            expected="one of them",
+            action="name the directory that edgetrain train wrote, or pass --model for fresh weights",
+        )
+    return _fresh(cast(str, model), input_shape, num_classes) if run is None else _trained(run, precision, images)
+
+
+def _trained(run: Path, precision: str, images: int) -> Network:
     from edgetrain.cli.trained import load_run, run_images
 
     trained = load_run(run)
@@ -171,7 +195,7 @@ def _trained(run: Path, precision: str, images: int) -> _Network:
     return trained.model, trained.record.input_shape, trained.about, shown, calibration
 
 
-def _fresh(model: str, input_shape: str, num_classes: int) -> _Network:
+def _fresh(model: str, input_shape: str, num_classes: int) -> Network:
     import torch
 
     from edgetrain.cli.estimate import parse_shape

@@ -130,7 +130,7 @@ def _report(
         plan, model = run.plan, model or run.model
         num_classes, pooling = num_classes or run.num_classes or 0, pooling or run.pooling
     elif path.is_file():
-        plan = Plan.from_json(path.read_text())
+        plan = Plan.read(path)
     else:
         if path.suffix == ".json":
             raise UsageError(

@@ -73,6 +73,7 @@ def resume(
         pause_file=pause_file,
         max_temp=max_temp,
         out=run,
+        tensorboard=training.tensorboard,
         resumed=record,
         quiet=quiet,
     )

@@ -80,6 +80,9 @@ def train(
     out: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/last"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
     quiet: Annotated[bool, typer.Option(help="No progress on stderr.")] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write TensorBoard event files into OUT/tensorboard.")
+    ] = False,
     live: Annotated[
         bool, typer.Option("--live", help="A chart of memory against the budget on stderr, where it is a terminal.")
     ] = False,
@@ -119,6 +122,7 @@ def train(
         pause_file=pause_file,
         max_temp=max_temp,
         out=out,
+        tensorboard=tensorboard,
         quiet=quiet,
         live=live,
     )
@@ -187,6 +191,7 @@ def run_training(
     pause_file: Path | None = None,
     max_temp: float | None = None,
     out: Path,
+    tensorboard: bool = False,
     resumed: RunRecord | None = None,
     plan: Plan | None = None,
     quiet: bool,
@@ -292,6 +297,7 @@ def run_training(
             checkpoint_every=checkpoint_every,
             objective=learned,
             threads=torch.get_num_threads(),
+            tensorboard=tensorboard,
         ),
     )
     job = Job(make_model, record, recipe, source, test_source, chosen, update_in_backward, setup=setup)
@@ -347,7 +353,7 @@ def read_plan(path: Path, *, channels: int, images: int) -> Plan:
     from edgetrain.errors import ModelError
     from edgetrain.planner import Plan
 
-    plan = Plan.from_json(path.read_text())
+    plan = Plan.read(path)
     batch_size, *shape = plan.input_shape
     if len(shape) != 3 or shape[0] != channels:
         raise ModelError(

@@ -13,10 +13,11 @@ from torch import nn
 
 from edgetrain.chain.head import replace_head
 from edgetrain.cli.model_argument import model_maker
-from edgetrain.errors import DataError
+from edgetrain.errors import DataError, StorageError
 from edgetrain.export.describe import About
 from edgetrain.export.images import ImageSet, Normalisation, as_image_set
 from edgetrain.models import create_model
+from edgetrain.planner.plans import plan_text
 from edgetrain.train.checkpoint import load_weights, newest_checkpoint
 from edgetrain.train.data import BrokenImage, Source, Split, open_divided, open_source
 from edgetrain.train.data.reduced import decode_fitted
@@ -39,13 +40,16 @@ def load_run(run_dir: Path) -> TrainedRun:
         StorageError: a file of the run is missing, damaged, or of another network.
     """
     record = RunRecord.read(run_dir)
-    model = network_maker(record)()
-    load_weights(newest_checkpoint(run_dir / "checkpoints").path, model)
+    make = network_maker(record)
+    checkpoint = newest_checkpoint(run_dir / "checkpoints")
+    _check_size(make, checkpoint.path, may_look_at_weights=":" in record.model)
+    model = make()
+    load_weights(checkpoint.path, model)
     plan = run_dir / "plan.json"
     about = About(
         name=record.model,
         classes=record.classes if record.embedding is None else (),
-        plan=plan.read_text(encoding="utf-8") if plan.exists() else None,
+        plan=plan_text(plan) if plan.exists() else None,
         normalisation=Normalisation(record.mean, record.std),
     )
     return TrainedRun(model, record, about)
@@ -76,6 +80,29 @@ def _source(record: RunRecord, split: Split) -> Source:
 
 def _with_head(make: Callable[[], nn.Module], head: str, classes: int) -> nn.Module:
     return replace_head(make(), head, classes)
+
+
+def _check_size(make: Callable[[], nn.Module], checkpoint: Path, *, may_look_at_weights: bool) -> None:
+    """Refuses, before any memory is taken, a network with more weights than the checkpoint has bytes.
+
+    Raises:
+        StorageError: with how many there are.
+    """
+    state = torch.get_rng_state()
+    try:
+        with torch.device("meta"):
+            weights = f"{(count := sum(parameter.numel() for parameter in make().parameters())):,}"
+        too_many = count > checkpoint.stat().st_size
+    except (NotImplementedError, RuntimeError):  # more than can be counted, or a function that looks at its weights
+        weights, too_many = "uncountable", not may_look_at_weights
+    finally:
+        torch.set_rng_state(state)
+    if too_many:
+        raise StorageError(
+            found=f"a run whose network has {weights} weights, and a checkpoint of {checkpoint.stat().st_size:,} bytes",
+            expected="the checkpoint of that network",
+            action="train again: run.json was changed, or belongs to another run",
+        )
 
 
 def run_images(record: RunRecord, *, split: Split, count: int) -> ImageSet:

@@ -16,9 +16,10 @@ from edgetrain.errors import UsageError
 from edgetrain.planner import Plan, UniformMode
 from edgetrain.targets.pressure import PressureGauge
 from edgetrain.train import Recipe, Throttle
-from edgetrain.train.capped import CappedRun, train_capped
+from edgetrain.train.capped import CappedRun, Watch, train_capped
 from edgetrain.train.data import Loader, Source, decoding_bytes, sample_images
 from edgetrain.train.run_record import RunRecord
+from edgetrain.train.tensorboard import with_tensorboard
 from edgetrain.train.trial import EVALUATION_BATCH_SIZE
 
 
@@ -103,6 +104,9 @@ def run_job(
         sample = sample_images(job.source, record.input_shape, record.mean, record.std, seed=record.seed)
     (out / "result.json").unlink(missing_ok=True)  # of an earlier run
     with training_display(budget_bytes=budget_bytes, quiet=quiet, live=live) as progress:
+        watch: Watch = progress.watch
+        if record.training is not None and record.training.tensorboard:
+            watch = with_tensorboard(watch, out / "tensorboard", budget_bytes=budget_bytes)
         run = train_capped(
             job.make_model,
             make_batches,
@@ -119,7 +123,7 @@ def run_job(
             decoding_bytes=max(decoding_bytes(s, record.input_shape) for s in (job.source, job.test_source) if s),
             device="cuda" if torch.cuda.is_available() else "cpu",
             resume=resume,
-            watch=progress.watch,
+            watch=watch,
             checkpoint_every=checkpoint_every,
             throttle=throttle,
             gauge=PressureGauge(),

@@ -11,6 +11,7 @@ from edgetrain.export.images import ImageSet, Normalisation
 from edgetrain.export.inference import Inference, Prediction, infer
 from edgetrain.export.lint import Finding, lint
 from edgetrain.export.onnx import Export, export_onnx
+from edgetrain.export.ort_training import OrtTraining, export_ort_training
 from edgetrain.export.tensorrt import build_engine
 from edgetrain.export.verify import Comparison
 
@@ -27,10 +28,12 @@ __all__ = [
     "ImageSet",
     "Inference",
     "Normalisation",
+    "OrtTraining",
     "Prediction",
     "build_engine",
     "engine_weight_names",
     "export_onnx",
+    "export_ort_training",
     "fold",
     "infer",
     "lint",

@@ -49,25 +49,36 @@ def write_graph(
         ExportError: the graph writer cannot express the module.
         MissingExtraError: onnx is not installed.
     """
-    try:
-        import onnx
-    except ImportError as error:
-        raise missing("onnx") from error
+    require_onnx()
+    flat = flattened(plain, without_product=without_product)
+    return write_module(flat, sample, path, opset=opset, batch_size=batch_size)
+
+
+def write_module(
+    module: nn.Module, sample: Tensor, path: Path, *, opset: int, batch_size: int | None, fold_constants: bool = True
+) -> ModelProto:
+    """A module on the CPU, in the mode it is in, as a graph in ``path``; arguments and errors as :func:`write_graph`.
+
+    Args:
+        fold_constants: compute once what depends on constants alone, weights among them.
+    """
+    import onnx
+
     dynamic = {INPUT: {0: "batch"}, OUTPUT: {0: "batch"}} if batch_size is None else None
     if batch_size is not None:
         sample = sample[:1].expand(batch_size, *sample.shape[1:]).contiguous()  # (batch_size, c, h, w)
-    flat = flattened(plain, without_product=without_product)
     with warnings.catch_warnings(), torch.no_grad(), _quiet():
         # this graph writer is marked as deprecated, and it warns of every shape that the trace fixes
         warnings.simplefilter("ignore")
         try:
             torch.onnx.export(
-                flat,
+                module,
                 (sample,),
                 str(path),
                 dynamo=False,
                 training=torch.onnx.TrainingMode.PRESERVE,
                 opset_version=opset,
+                do_constant_folding=fold_constants,
                 input_names=[INPUT],
                 output_names=[OUTPUT],
                 dynamic_axes=dynamic,
@@ -80,7 +91,7 @@ def write_graph(
             ) from error
     graph = onnx.load(str(path))
     unshare(graph)
-    rename(graph, kept={plain_name(name) for name in flat.state_dict()})
+    rename(graph, kept={plain_name(name) for name in module.state_dict()})
     onnx.save(graph, str(path))
     return graph
 
@@ -208,6 +219,14 @@ def set_metadata(model: ModelProto, entries: Mapping[str, str]) -> None:
 
     model.producer_name, model.producer_version = "edgetrain", __version__
     helper.set_model_props(model, dict(entries))
+
+
+def require_onnx() -> None:
+    """Raises MissingExtraError where onnx is not installed."""
+    try:
+        import onnx  # noqa: F401
+    except ImportError as error:
+        raise missing("onnx") from error
 
 
 def missing(package: str) -> MissingExtraError:

@@ -78,15 +78,20 @@ def lint(model: ModelProto, profile: Profile | None = None) -> tuple[Finding, ..
     return tuple(finding for rule in rules for finding in rule(model, profile))
 
 
-def refuse_errors(findings: Iterable[Finding]) -> None:
+def refuse_errors(
+    findings: Iterable[Finding],
+    *,
+    expected: str = "a graph that the device runs",
+    action: str = "replace the layers named, or export for another --device",
+) -> None:
     """Raises ExportError where one of ``findings`` is an error; names the first ones."""
     errors = [finding for finding in findings if finding.severity == "error"]
     if errors:
         shown = "; ".join(f"{finding.node or 'graph'}: {finding.reason}" for finding in errors[:4])
         raise ExportError(
             found=f"{len(errors)} finding(s) in the graph: {shown}",
-            expected="a graph that the device runs",
-            action="replace the layers named, or export for another --device",
+            expected=expected,
+            action=action,
         )
 
 
@@ -138,8 +143,8 @@ def _int64(model: ModelProto, profile: Profile | None) -> Iterator[Finding]:
 
 
 def _batch_norm(model: ModelProto, profile: Profile | None) -> Iterator[Finding]:
-    for node in _nodes(model, "BatchNormalization"):
-        if _attribute(node, "training_mode") or len([name for name in node.output if name]) > 1:
+    for node in nodes_of(model, "BatchNormalization"):
+        if attribute_of(node, "training_mode") or len([name for name in node.output if name]) > 1:
             yield Finding("batch norm", "error", node.name, "batch normalisation in training mode")
 
 
@@ -147,7 +152,7 @@ def _quantisation(model: ModelProto, profile: Profile | None) -> Iterator[Findin
     import onnx
 
     constants = {value.name: value for value in model.graph.initializer}
-    for node in [*_nodes(model, "QuantizeLinear"), *_nodes(model, "DequantizeLinear")]:
+    for node in [*nodes_of(model, "QuantizeLinear"), *nodes_of(model, "DequantizeLinear")]:
         zero = constants.get(node.input[2]) if len(node.input) > 2 else None
         if zero is not None and np.any(onnx.numpy_helper.to_array(zero)):
             yield Finding("zero point", "error", node.name, "a zero point other than zero: scales must be symmetric")
@@ -158,7 +163,7 @@ def _quantisation(model: ModelProto, profile: Profile | None) -> Iterator[Findin
 
 def _auto_pad(model: ModelProto, profile: Profile | None) -> Iterator[Finding]:
     for node in model.graph.node:
-        if _attribute(node, "auto_pad") not in (None, b"NOTSET"):
+        if attribute_of(node, "auto_pad") not in (None, b"NOTSET"):
             reason = "padding left to the reader (auto_pad): ONNX Runtime's training gets its gradients wrong"
             yield Finding("auto_pad", "note", node.name, reason)
 
@@ -169,17 +174,18 @@ def _gemm(model: ModelProto, profile: Profile | None) -> Iterator[Finding]:
     if profile is None or profile.compute_capability_pair != WITHOUT_PRODUCT:
         return
     constants = {value.name: value.data_type for value in model.graph.initializer}
-    for node in [*_nodes(model, "Gemm"), *_nodes(model, "MatMul")]:
+    for node in [*nodes_of(model, "Gemm"), *nodes_of(model, "MatMul")]:
         if constants.get(node.input[1]) == onnx.TensorProto.FLOAT:
             reason = "TensorRT-RTX has no float32 matrix product for compute capability 7.5; a 1x1 convolution has one"
             yield Finding("gemm", "note", node.name, reason)
 
 
-def _nodes(model: ModelProto, kind: str) -> list[NodeProto]:
+def nodes_of(model: ModelProto, kind: str) -> list[NodeProto]:
+    """The nodes of operator ``kind``."""
     return [node for node in model.graph.node if node.op_type == kind]
 
 
-def _attribute(node: NodeProto, name: str) -> object:
+def attribute_of(node: NodeProto, name: str) -> object:
     """Value of an attribute; None where the node has none of that name."""
     from onnx import helper
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 from torch import nn
@@ -13,9 +14,11 @@ from edgetrain.errors import ModelError, UsageError, near_matches
 from edgetrain.planner.schedule import schedule
 from edgetrain.planner.uniform import UniformMode, decide
 from edgetrain.runtime.program import Program
-from edgetrain.units import format_mib
+from edgetrain.units import MIB, format_mib
 
 FORMAT_VERSION = 2
+MOST_BYTES = 8 * MIB
+"""Of the file of a plan; that of a network of 1202 layers takes 0.2 MiB."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,15 @@ class Plan:
         return json.dumps(data, indent=1)
 
     @classmethod
+    def read(cls, path: Path) -> Plan:
+        """The Plan in the file ``path``.
+
+        Raises:
+            ModelError: it holds none, or more than :data:`MOST_BYTES`.
+        """
+        return cls.from_json(plan_text(path))
+
+    @classmethod
     def from_json(cls, text: str) -> Plan:
         """The Plan that :meth:`to_json` wrote.
 
@@ -194,12 +206,25 @@ class Plan:
                 snrs=tuple(float("inf") if snr is None else float(snr) for snr in data["snrs"]),
                 costed=costed,
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ModelError(
                 found=f"a plan that cannot be read ({error})",
                 expected=f"JSON of a plan of version {FORMAT_VERSION}",
                 action="make the plan again with this version of edgetrain",
             ) from error
+
+
+def plan_text(path: Path) -> str:
+    """What is in the file of a plan; raises ModelError where that is more than any plan."""
+    with path.open("rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise ModelError(
+            found=f"{path} with more than {MOST_BYTES // MIB} MiB",
+            expected="a plan, which takes a small part of that",
+            action="name a file that edgetrain plan --out wrote",
+        )
+    return content.decode(errors="replace")
 
 
 def uniform_plan(

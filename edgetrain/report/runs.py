@@ -44,7 +44,7 @@ def read_run(folder: Path) -> Run:
             expected="the folder of a run: plan.json and metrics.jsonl",
             action="name what edgetrain train --out wrote",
         )
-    plan = Plan.from_json((folder / "plan.json").read_text())
+    plan = Plan.read(folder / "plan.json")
     try:
         epochs = tuple(_epoch(line) for line in _lines(folder / "metrics.jsonl"))
         result = json.loads((folder / "result.json").read_text()) if (folder / "result.json").is_file() else {}

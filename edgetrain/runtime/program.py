@@ -28,6 +28,8 @@ from __future__ import annotations
 
 import functools
 import json
+import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, get_args
 
@@ -48,6 +50,7 @@ def kept_by(inversion: Inversion) -> Keep:
 
 
 FORMAT_VERSION = 1
+MOST_ELEMENTS = 2**48  # of a tensor in a program that is read
 
 
 @dataclass(frozen=True)
@@ -203,10 +206,10 @@ class Program:
                 raise ValueError(f"version {data['version']}")
             return cls(
                 names=tuple(str(name) for name in data["names"]),
-                shapes=tuple(tuple(int(size) for size in shape) for shape in data["shapes"]),
+                shapes=tuple(_sizes(shape) for shape in data["shapes"]),
                 instructions=tuple(_instruction(step) for step in data["instructions"]),
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ModelError(
                 found=f"a program that cannot be read ({error})",
                 expected=f"JSON of a program of version {FORMAT_VERSION}",
@@ -226,6 +229,14 @@ class Program:
             also = f", z[{step.block}]" if step.how.startswith("invert") else ""
             return f"g[{step.block}]{also} {_shape(self.shapes[step.block])}"
         return ""
+
+
+def _sizes(shape: Iterable[object]) -> tuple[int, ...]:
+    """A shape from JSON; raises ValueError where it is none or of more elements than any memory holds."""
+    sizes = tuple(int(size) for size in shape)  # type: ignore[call-overload]
+    if min(sizes, default=1) < 0 or math.prod(sizes) > MOST_ELEMENTS:
+        raise ValueError(f"a tensor of {'x'.join(map(str, sizes))}")
+    return sizes
 
 
 def _instruction(data: dict[str, Any]) -> Instruction:

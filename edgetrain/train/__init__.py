@@ -12,6 +12,7 @@ from edgetrain.train.recipe import Recipe, undecayed_parameters
 from edgetrain.train.records import EpochRecord, MemoryEvent, StepRecord
 from edgetrain.train.stopping import InterruptedRunError
 from edgetrain.train.teacher import Teacher, tapped_student
+from edgetrain.train.tensorboard import TensorBoard
 from edgetrain.train.throttle import Throttle
 from edgetrain.train.trainer import Trainer
 
@@ -28,6 +29,7 @@ __all__ = [
     "StepRecord",
     "Teacher",
     "TeacherObjective",
+    "TensorBoard",
     "Throttle",
     "Trainer",
     "Triplet",

@@ -14,6 +14,10 @@ class Callback(Protocol):
     All methods are called in the training thread, between steps. What they raise ends the run.
     """
 
+    def on_start(self, step: int) -> None:
+        """A run starts, or goes on after batch ``step`` of all its epochs; nothing else is told before but a save."""
+        return None
+
     def on_step(self, record: StepRecord) -> None:
         """A step is done."""
         return None

@@ -46,6 +46,7 @@ from edgetrain.train.trainer import Trainer
 from edgetrain.units import format_mib
 
 ModelMaker = Callable[[], nn.Module]
+Watch = Callable[[Target], contextlib.AbstractContextManager[Sequence[Callback]]]
 
 _SPARE_THREADS = 2
 
@@ -91,7 +92,7 @@ def train_capped(
     decoding_bytes: int = 0,
     device: str = "cpu",
     resume: bool = False,
-    watch: Callable[[Target], contextlib.AbstractContextManager[Sequence[Callback]]] = _unwatched,
+    watch: Watch = _unwatched,
     checkpoint_every: int | None = None,
     throttle: Throttle | None = None,
     changes: Collection[Change] = CHANGES,

@@ -16,6 +16,7 @@ class StepRecord:
         loss: mean over the batch.
         accuracy: mean over the epoch so far, 0..1.
         images_per_second: over the epoch so far.
+        learning_rate: of this step.
     """
 
     epoch: int
@@ -25,6 +26,7 @@ class StepRecord:
     loss: float
     accuracy: float
     images_per_second: float
+    learning_rate: float = 0.0
 
 
 @dataclass(frozen=True)

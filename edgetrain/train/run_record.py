@@ -53,6 +53,7 @@ class Training(BaseModel):
     """How the command was called, as far as the plan and the rest of the record do not say it.
 
     Attributes:
+        tensorboard: whether event files are written.
         threads: of torch; the sums in a step are grouped by them, so a run goes on bit for bit only with as many.
     """
 
@@ -68,6 +69,7 @@ class Training(BaseModel):
     checkpoint_every: int | None
     objective: ObjectiveRecord = ObjectiveRecord()
     threads: int = Field(ge=1)
+    tensorboard: bool = False
 
 
 class Finetuning(BaseModel):

@@ -178,6 +178,8 @@ class Trainer:
         self, batches: Batches, test_batches: Iterable[Batch] | None, *, now: RandomState | None
     ) -> list[EpochRecord]:
         with Stop() as stop:
+            for callback in self._callbacks:
+                callback.on_start(self._position.epoch * len(batches) + self._position.batch)
             while self._position.epoch < self.recipe.epochs:
                 epoch = self._position.epoch + 1
                 if hasattr(batches, "set_epoch"):
@@ -238,6 +240,7 @@ class Trainer:
                 loss,
                 position.correct / position.seen,
                 position.seen / position.seconds,
+                self._optimizers[0].param_groups[0]["lr"],
             )
             for callback in self._callbacks:
                 callback.on_step(done)

@@ -21,10 +21,13 @@ from edgetrain.train.data.decode import decode_image, decoding_bytes, header_cha
 from edgetrain.train.data.source import BrokenImage, Labels, Pixels, check_labels
 from edgetrain.train.data.stored import spooled
 from edgetrain.train.data.subset import Indices, stratified_indices
+from edgetrain.units import MIB
 
 _IMAGE_COLUMNS = ("image", "img")
 _LABEL_COLUMNS = ("label", "fine_label")
 _ROWS_AT_ONCE = 64
+_BYTES_AT_ONCE = 64 * MIB
+_MOST_EXPANSION = 100  # of encoded images, which are compressed already
 _SNIFFED = 16
 
 
@@ -99,25 +102,56 @@ def _encoded(files: Sequence[Path], rows: Indices, sizes: list[int]) -> Iterator
     for path in files:
         file, column = _opened(path), _column(path, _IMAGE_COLUMNS, "images")
         is_struct = pyarrow.types.is_struct(file.schema_arrow.field(column).type)
+        rows_at_once, most_bytes = _limits(path, file, column)
         try:
             for batch in file.iter_batches(
-                _ROWS_AT_ONCE, columns=[f"{column}.bytes" if is_struct else column], use_threads=False
+                rows_at_once, columns=[f"{column}.bytes" if is_struct else column], use_threads=False
             ):
                 values = batch.column(0).field("bytes") if is_struct else batch.column(0)
                 low, high = np.searchsorted(rows, (first, first + len(values)))
                 chosen = [values[int(row) - first].as_py() or b"" for row in rows[low:high]]
                 first += len(values)
                 sizes.extend(len(data) for data in chosen)
+                most_bytes -= sum(map(len, chosen))
+                if most_bytes < 0:
+                    raise _bomb(path, "its images unpack to more than eight times the size that its metadata say")
                 yield b"".join(chosen)
         except (pyarrow.ArrowException, OSError) as error:
             raise _damaged(path, error) from error
     pyarrow.default_memory_pool().release_unused()
 
 
+def _limits(path: Path, file: Any, column: str) -> tuple[int, int]:
+    """How many rows to read at once, so that even a file that holds one image once and names it in every row unpacks
+    little at a time; and the bytes beyond which it holds nothing but that.
+
+    Raises:
+        DataError: the images are packed as no images can be.
+    """
+    groups = [file.metadata.row_group(k) for k in range(file.metadata.num_row_groups)]
+    chunks = [group.column(k) for group in groups for k in range(group.num_columns)]
+    chunks = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == column]
+    for chunk in chunks:
+        if chunk.total_uncompressed_size > _BYTES_AT_ONCE + _MOST_EXPANSION * chunk.total_compressed_size:
+            raise _bomb(path, f"it unpacks {chunk.total_compressed_size} bytes to {chunk.total_uncompressed_size}")
+    largest = max((chunk.total_uncompressed_size for chunk in chunks), default=0)
+    rows = max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE // max(1, largest)))
+    return rows, _BYTES_AT_ONCE + 8 * sum(chunk.total_uncompressed_size for chunk in chunks)
+
+
+def _bomb(path: Path, reason: str) -> DataError:
+    return DataError(
+        found=f"{path}: {reason}", expected="encoded images", action="write the file again from the images"
+    )
+
+
 def _labels(path: Path) -> Labels:
     """All labels of a file, (n,); -1 for a missing one."""
     import pyarrow
 
+    rows, size = _opened(path).metadata.num_rows, path.stat().st_size
+    if rows > size:  # an image takes a byte at least
+        raise _bomb(path, f"it declares {rows} rows in {size} bytes")
     column = _column(path, _LABEL_COLUMNS, "labels")
     kind = _opened(path).schema_arrow.field(column).type
     if not pyarrow.types.is_integer(kind):
