@@ -355,6 +355,7 @@ def run_training(
         "sample_modules": sample_modules,
         "freeze": freeze,
         "objective": learned.name,
+        "embedding": learned.embedding,
         "predicted_step_seconds": None if run.plan.costed is None else run.plan.costed.step_seconds,
         "step_seconds": batch_size / run.history[-1].images_per_second,
         "classes": list(source.classes),
