@@ -20,7 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / name for name in ("memory.md", "planning.md", "time.md", "engines.md", "dirac.md", "folding.md")),
+    *(
+        ROOT / "docs" / name
+        for name in ("memory.md", "planning.md", "time.md", "engines.md", "dirac.md", "folding.md", "objectives.md")
+    ),
 )
 
 
@@ -253,6 +256,22 @@ def folded() -> str:
     return "\n".join([*lines, "", f"Batch {document['rows'][0]['batch_size']}. {provenance(document)}"])
 
 
+def objectives() -> str:
+    """What a teacher adds to a step."""
+    document = load("objectives_cpu.json")
+    if document is None:
+        return "Not measured yet."
+    lines = [
+        "| plan | objective | teacher | predicted | measured | measured / predicted | process |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in document["rows"]:
+        sizes = [row[f"{name}_bytes"] / MIB for name in ("predicted", "measured", "process_growth")]
+        numbers = f"{sizes[0]:.1f} MiB | {sizes[1]:.1f} MiB | {row['measured_over_predicted']:.4f} | {sizes[2]:.1f} MiB"
+        lines.append(f"| {row['mode']} | {row['objective']} | {row['teacher']} | {numbers} |")
+    return "\n".join([*lines, "", f"Batch {document['batch_size']}. {provenance(document)}"])
+
+
 TABLES = {
     "memory": memory,
     "prediction": prediction,
@@ -266,6 +285,7 @@ TABLES = {
     "dirac": dirac,
     "coupling": coupling,
     "folded": folded,
+    "objectives": objectives,
 }
 
 

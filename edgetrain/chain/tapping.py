@@ -82,6 +82,11 @@ class Tapped(SelfCut):
         for tap, target in zip(self._own_taps(), targets, strict=True):
             tap.target, tap.term = target, None
 
+    def release(self) -> None:
+        """Drops the targets: the next forward pass takes no term."""
+        for tap in self._own_taps():
+            tap.target = tap.term = None
+
     def take_terms(self) -> Tensor:
         """The sum of the terms of the last forward pass, once.
 

@@ -318,6 +318,7 @@ def run_training(
         "sample_modules": sample_modules,
         "freeze": freeze,
         "objective": learned.name,
+        "embedding": learned.embedding,
         **outcome,
     }
     write_atomically(out / "result.json", json.dumps(result).encode())

@@ -19,7 +19,7 @@ class Run:
         step_seconds: measured, mean over the last epoch; loading and decoding included.
         peak_bytes: most that the run added to its process, on CUDA to the allocator; None: not recorded.
         model: as ``--model`` named it; None: not recorded, or not all of it is trained in every step.
-        num_classes: of the data; ``pooling`` as ``--pooling`` named it.
+        num_classes: width of the output; ``pooling`` as ``--pooling`` named it.
     """
 
     plan: Plan
@@ -49,8 +49,9 @@ def read_run(folder: Path) -> Run:
         epochs = tuple(_epoch(line) for line in _lines(folder / "metrics.jsonl"))
         result = json.loads((folder / "result.json").read_text()) if (folder / "result.json").is_file() else {}
         is_whole = not any(result.get(key) for key in ("sample_modules", "freeze", "finetuning"))
+        is_whole = is_whole and result.get("objective") != "attention-transfer"  # its plan has taps, the model none
         peak, model = result.get("peak_bytes"), result.get("model") if is_whole else None
-        num_classes = len(result["classes"]) if "classes" in result else None
+        num_classes = result.get("embedding") or (len(result["classes"]) if "classes" in result else None)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             found=f"a record in {folder} that cannot be read ({error})",

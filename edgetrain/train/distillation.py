@@ -83,6 +83,8 @@ class TeacherObjective:
 
     def prepare(self, images: Tensor, indices: Tensor | None, model: nn.Module) -> None:
         """Asks the teacher; see :class:`~edgetrain.train.objectives.Preparing`."""
+        if isinstance(model, Tapped):
+            model.release()  # the last targets go before the next ones come
         self._answers = self.teacher(images, indices)
         if not self.beta:
             return

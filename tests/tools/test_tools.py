@@ -118,3 +118,13 @@ def test_coupling_folds() -> None:
     rows = run("coupling_folds.py", "--stages", "1", "--rounds", "3")["rows"]
     assert [row["way"] for row in rows] == ["joined", "halves", "factors", "carried", "delta"]
     assert all(row["max_difference"] < 1e-12 and row["latency_ms"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_objectives_memory() -> None:
+    """Never more than predicted, and not by 3 % less."""
+    rows = run("objectives_memory.py", "--batch", "16")["rows"]
+    assert len(rows) == 10
+    assert all(0.97 < row["measured_over_predicted"] <= 1 for row in rows)
+    live = [row for row in rows if row["teacher"] == "live"]
+    assert all(row["teacher_weight_bytes"] > 0 and row["teacher_forward_bytes"] > 0 for row in live)

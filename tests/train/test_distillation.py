@@ -17,7 +17,9 @@ from edgetrain.chain import Tapped, chain_of, groups_of
 from edgetrain.errors import ModelError, UsageError
 from edgetrain.nn.attention import attention_map, normalised_maps
 from edgetrain.train import CrossEntropy, Recipe, Teacher, TeacherObjective, Trainer, tapped_student
+from edgetrain.train.data import Loader, open_source
 from edgetrain.train.distillation import Answers, softened_loss
+from edgetrain.train.stored_answers import StoredAnswers, question_digest, store_answers
 from edgetrain.train.teacher import paired
 
 SHAPE = (3, 16, 16)
@@ -159,3 +161,30 @@ def test_a_teacher_of_other_classes_is_refused() -> None:
 def test_numbers_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UsageError):
         TeacherObjective(Fixed(Answers(torch.zeros(2, 10))), **wrong)
+
+
+def test_stored_answers_need_to_know_the_images(tmp_path: Path) -> None:
+    source = open_source("digits", split="train", limit=20)
+    loader = Loader(source, batch_size=7, image_size=(1, 16, 16), augment=False, shuffle=False, seed=0, drop_last=False)
+    teacher = Teacher(functools.partial(edgetrain.create_model, "resnet8", in_channels=1, width=4))
+    torch.manual_seed(0)
+    store_answers(teacher, loader, path=tmp_path / "answers.safetensors", digest="")
+    stored = StoredAnswers(tmp_path / "answers.safetensors")
+    for images, _ in loader:
+        torch.testing.assert_close(stored(images, loader.indices).logits, teacher(images).logits)
+    with pytest.raises(UsageError, match="do not say which images"):
+        stored(images, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["answers.safetensors"]
+
+
+def test_another_teacher_other_data_or_another_size_is_another_question() -> None:
+    source = open_source("digits", split="train", limit=20)
+    one = edgetrain.create_model("resnet8", in_channels=1, width=4)
+    other = copy.deepcopy(one)
+    with torch.no_grad():
+        next(iter(other.parameters())).view(-1)[0] += 1e-3
+    asked = question_digest(one, source, {"input_shape": (1, 16, 16)})
+    assert question_digest(copy.deepcopy(one), source, {"input_shape": (1, 16, 16)}) == asked
+    assert question_digest(other, source, {"input_shape": (1, 16, 16)}) != asked
+    assert question_digest(one, source, {"input_shape": (1, 8, 8)}) != asked
+    assert question_digest(one, open_source("digits", split="test", limit=20), {"input_shape": (1, 16, 16)}) != asked
