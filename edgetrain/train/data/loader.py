@@ -11,27 +11,27 @@ import logging
 import threading
 from collections.abc import Iterator
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from edgetrain.errors import DataError, UsageError
 from edgetrain.train.data.augment import augment_image, choose
 from edgetrain.train.data.fit import ImageSize, check_image_size, fit_image
-from edgetrain.train.data.normalise import check_statistic, normalised
+from edgetrain.train.data.normalise import check_statistic, normalised, normalised_array
 from edgetrain.train.data.prefetch import prefetched
 from edgetrain.train.data.source import BrokenImage, Labels, Pixels, Source
 from edgetrain.train.data.subset import Indices, is_mirror_invariant
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _log = logging.getLogger(__name__)
 
-Batch = tuple[Tensor, Tensor]
 
-
-class Loader:
-    """Gives batches of ``(images (n, c, h, w) float32, labels (n,) int64)``.
+class ArrayLoader:
+    """Gives batches of ``(images (n, c, h, w) float32, labels (n,) int64)`` as arrays.
 
     A broken image is logged once and left out: its batch is smaller, and a batch of none is left out.
 
@@ -96,7 +96,7 @@ class Loader:
         """Batches in an epoch, those left out because all their images are broken included."""
         return -(-self._images // self.batch_size)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         return self.iterate()
 
     def set_epoch(self, epoch: int) -> None:
@@ -104,7 +104,7 @@ class Loader:
         _check_least("epoch", epoch, 0)
         self.epoch = epoch
 
-    def iterate(self, start_batch: int = 0) -> Iterator[Batch]:
+    def iterate(self, start_batch: int = 0) -> Iterator[Any]:
         """The batches of the epoch from ``start_batch`` on; those before it are not decoded.
 
         Raises:
@@ -119,7 +119,7 @@ class Loader:
             )
         return self._pass(self.epoch, start_batch)
 
-    def _pass(self, epoch: int, start_batch: int) -> Iterator[Batch]:
+    def _pass(self, epoch: int, start_batch: int) -> Iterator[Any]:
         self.broken = []
         order = np.arange(len(self.source), dtype=np.int64)
         if self._shuffle:
@@ -156,9 +156,9 @@ class Loader:
             kept.append(index)
         return (start // self.batch_size + 1, pixels[: len(kept)], self.source.labels[kept]) if kept else None
 
-    def _finish(self, raw: tuple[int, Pixels, Labels]) -> Batch:
+    def _finish(self, raw: tuple[int, Pixels, Labels]) -> tuple[Any, Any]:
         self.done, pixels, labels = raw
-        return normalised(pixels, self._mean, self._std), torch.from_numpy(labels)
+        return normalised_array(pixels, self._mean, self._std), labels
 
     def _note(self, error: BrokenImage) -> None:
         """Counts a broken image, and gives up when there are too many."""
@@ -174,6 +174,16 @@ class Loader:
                 expected=f"at most 1 % ({allowed})",
                 action="replace them or take them out; the log names every one",
             ) from error
+
+
+class Loader(ArrayLoader):
+    """:class:`ArrayLoader` whose batches are tensors."""
+
+    def _finish(self, raw: tuple[int, Pixels, Labels]) -> tuple[Tensor, Tensor]:
+        import torch  # the arrays serve where there is none
+
+        self.done, pixels, labels = raw
+        return normalised(pixels, self._mean, self._std), torch.from_numpy(labels)
 
 
 def _check_least(name: str, value: int, least: int) -> None:
