@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from edgetrain.cli.export_step import TRAIN_STEP, export_step
 from edgetrain.cli.export_text import export_text
 from edgetrain.errors import UsageError, near_matches
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = {"onnx": ".onnx", "tensorrt": ".engine"}
 """Formats, and what their files end in."""
-FORMATS = [*SUFFIXES, "ort-training"]
+FORMATS = [*SUFFIXES, "ort-training", TRAIN_STEP]
 CALIBRATION_IMAGES = 256
 
 
@@ -33,7 +34,12 @@ def export(
     ] = None,
     input_shape: Annotated[str, typer.Option("--input", help="Shape of one image, with --model.")] = "3x32x32",
     num_classes: Annotated[int, typer.Option("--num-classes", min=2, help="Classes, with --model.")] = 10,
-    format: Annotated[str, typer.Option(help="onnx, tensorrt or ort-training.")] = "onnx",
+    format: Annotated[
+        str,
+        typer.Option(
+            help="onnx, tensorrt, ort-training, or train-step: the planned step, which trains without PyTorch."
+        ),
+    ] = "onnx",
     device: Annotated[str | None, typer.Option(help="Profile of the device, like orin-nano-8gb.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "fp32",
     batch: Annotated[
@@ -50,10 +56,14 @@ def export(
         Path | None,
         typer.Option(help="Give this engine the weights of the run, in place or as --out."),
     ] = None,
+    optimizer: Annotated[str, typer.Option(help="train-step: sgd or adamw.")] = "sgd",
     explain: Annotated[bool, typer.Option("--explain", help="Print folds, findings and the refit map.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the certificate as one JSON document.")] = False,
 ) -> None:
     """Export a trained network: folded, checked, and compared with PyTorch before the file gets its name."""
+    if format == TRAIN_STEP:
+        export_step(run, out=out, device=device, optimizer=optimizer, as_json=as_json)
+        return
     if format not in FORMATS:
         raise UsageError(
             found=f"--format {format}", expected="one of " + ", ".join(FORMATS), action=near_matches(format, FORMATS)

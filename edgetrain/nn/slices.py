@@ -42,6 +42,17 @@ class _Walk:
 
 
 _abridged: ContextVar[_Walk | None] = ContextVar("edgetrain_abridged_slices", default=None)
+_whole: ContextVar[bool] = ContextVar("edgetrain_whole_batch", default=False)
+
+
+@contextlib.contextmanager
+def whole_batch() -> Iterator[None]:
+    """Inside, :func:`batch_slices` gives the whole batch as one slice: a graph is written of it, not of its slices."""
+    token = _whole.set(True)
+    try:
+        yield
+    finally:
+        _whole.reset(token)
 
 
 @contextlib.contextmanager
@@ -64,6 +75,9 @@ def batch_slices(x: Tensor, slice_bytes: int = SLICE_BYTES) -> Iterator[slice]:
     """Slices of the first dimension of ``x`` that hold at most ``slice_bytes``, and at least one sample, each."""
     n = x.shape[0]
     if n == 0:
+        return
+    if _whole.get():
+        yield slice(0, n)
         return
     sample_bytes = max(1, math.prod(x.shape[1:]) * x.element_size())
     step = max(1, (CUDA_FACTOR if x.is_cuda else 1) * slice_bytes // sample_bytes)

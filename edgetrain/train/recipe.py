@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from edgetrain.train.schedule import triangular_rate
+
 REFERENCE_BATCH_SIZE = 512
 REFERENCE_PEAK_RATE = 0.4
 
@@ -46,13 +48,14 @@ class Recipe:
 
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of step ``step`` of ``steps``."""
-        peak = self.peak_rate
-        if peak is None:
-            peak = REFERENCE_PEAK_RATE * self.batch_size / REFERENCE_BATCH_SIZE
-        rising = max(1.0, self.warmup * steps)
-        falling = max(1.0, steps - rising)
-        position = step + 1.0
-        return peak * min(position / rising, max(0.0, (steps + 1.0 - position) / falling), 1.0)
+        return triangular_rate(step, steps, peak=self.highest_rate, warmup=self.warmup)
+
+    @property
+    def highest_rate(self) -> float:
+        """``peak_rate``, or what follows from the batch size."""
+        if self.peak_rate is not None:
+            return self.peak_rate
+        return REFERENCE_PEAK_RATE * self.batch_size / REFERENCE_BATCH_SIZE
 
     def optimizer(
         self,

@@ -1,11 +1,12 @@
 """Data: formats, batches, augmentation.
 
-``open_source`` finds out the format; ``Loader`` makes batches of it; ``channel_statistics`` gives what to normalise by.
+``open_source`` finds out the format; ``Loader`` makes batches of it, ``ArrayLoader`` without PyTorch;
+``channel_statistics`` gives what to normalise by.
 """
 
 from edgetrain.train.data.groups import Groups
 from edgetrain.train.data.holdout import open_divided
-from edgetrain.train.data.loader import Loader
+from edgetrain.train.data.loader import ArrayLoader, Loader
 from edgetrain.train.data.normalise import channel_statistics, sample_images
 from edgetrain.train.data.opening import open_source
 from edgetrain.train.data.reduced import decoding_bytes
@@ -13,6 +14,7 @@ from edgetrain.train.data.source import BrokenImage, Source, Split
 from edgetrain.train.data.subset import Subset
 
 __all__ = [
+    "ArrayLoader",
     "BrokenImage",
     "Groups",
     "Loader",

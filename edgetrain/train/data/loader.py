@@ -11,31 +11,32 @@ import logging
 import threading
 from collections.abc import Iterator
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from edgetrain.errors import DataError, UsageError
 from edgetrain.train.data.augment import augment_image, choose
 from edgetrain.train.data.balance import balanced_draws
 from edgetrain.train.data.fit import ImageSize, check_image_size
 from edgetrain.train.data.groups import Order
-from edgetrain.train.data.normalise import check_statistic, normalised
+from edgetrain.train.data.normalise import check_statistic, normalised, normalised_array
 from edgetrain.train.data.prefetch import prefetched
 from edgetrain.train.data.reduced import decode_fitted
 from edgetrain.train.data.source import BrokenImage, Pixels, Source
 from edgetrain.train.data.subset import Indices, is_mirror_invariant
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _log = logging.getLogger(__name__)
 
-Batch = tuple[Tensor, Tensor]
 _Raw = tuple[int, Pixels, Indices]
 
 
-class Loader:
-    """Gives batches of ``(images (n, c, h, w) float32, labels (n,) int64)``.
+class ArrayLoader:
+    """Gives batches of ``(images (n, c, h, w) float32, labels (n,) int64)`` as arrays.
 
     A broken image is logged once and left out, and all of its group with it: its batch is smaller, and a batch of none
     is left out.
@@ -97,7 +98,7 @@ class Loader:
         self.image_size = image_size
         self.epoch = 0
         self.done = 0
-        self.indices: Tensor | None = None
+        self.indices: Any = None
         self.broken: list[tuple[str, str]] = []
         self._augment = augment
         self._shuffle = shuffle
@@ -115,7 +116,7 @@ class Loader:
         """Batches in an epoch, those left out because all their images are broken included."""
         return -(-self._images // self.batch_size)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         return self.iterate()
 
     def set_epoch(self, epoch: int) -> None:
@@ -123,7 +124,7 @@ class Loader:
         _check_least("epoch", epoch, 0)
         self.epoch = epoch
 
-    def iterate(self, start_batch: int = 0) -> Iterator[Batch]:
+    def iterate(self, start_batch: int = 0) -> Iterator[Any]:
         """The batches of the epoch from ``start_batch`` on; those before it are not decoded.
 
         Raises:
@@ -138,7 +139,7 @@ class Loader:
             )
         return self._pass(self.epoch, start_batch)
 
-    def _pass(self, epoch: int, start_batch: int) -> Iterator[Batch]:
+    def _pass(self, epoch: int, start_batch: int) -> Iterator[Any]:
         self.broken = []
         order = self._draws(epoch)
         starts = range(start_batch * self.batch_size, self._images, self.batch_size)
@@ -190,10 +191,9 @@ class Loader:
             kept.append(index)
         return (start // self.batch_size + 1, pixels[: len(kept)], np.array(kept, np.int64)) if kept else None
 
-    def _finish(self, raw: _Raw) -> Batch:
-        self.done, pixels, indices = raw
-        self.indices = torch.from_numpy(indices)
-        return normalised(pixels, self._mean, self._std), torch.from_numpy(self.source.labels[indices])
+    def _finish(self, raw: _Raw) -> tuple[Any, Any]:
+        self.done, pixels, self.indices = raw
+        return normalised_array(pixels, self._mean, self._std), self.source.labels[self.indices]
 
     def _note(self, error: BrokenImage) -> None:
         """Counts a broken image, and gives up when there are too many."""
@@ -211,6 +211,17 @@ class Loader:
                 expected=f"at most 1 % ({allowed})",
                 action="replace them or take them out; the log names every one",
             ) from error
+
+
+class Loader(ArrayLoader):
+    """:class:`ArrayLoader` whose batches are tensors."""
+
+    def _finish(self, raw: _Raw) -> tuple[Tensor, Tensor]:
+        import torch  # the arrays serve where there is none
+
+        self.done, pixels, indices = raw
+        self.indices = torch.from_numpy(indices)
+        return normalised(pixels, self._mean, self._std), torch.from_numpy(self.source.labels[indices])
 
 
 def _check_least(name: str, value: int, least: int) -> None:

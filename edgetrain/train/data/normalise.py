@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from edgetrain.errors import DataError, UsageError
 from edgetrain.train.data.fit import ImageSize, check_image_size
 from edgetrain.train.data.reduced import decode_fitted
 from edgetrain.train.data.source import BrokenImage, Pixels, Source
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Statistic = npt.NDArray[np.float64]
 SMALLEST_STD = 1e-3
@@ -93,8 +95,28 @@ def check_statistic(values: npt.ArrayLike | None, channels: int, name: str, *, d
 
 def normalised(pixels: Pixels, mean: Sequence[float] | Statistic, std: Sequence[float] | Statistic) -> Tensor:
     """(pixels / 255 - mean) / std as float32, (n, c, h, w); takes no memory besides the result."""
+    import torch  # the other form serves where there is none
+
     images = torch.empty(pixels.shape, dtype=torch.float32)
     images.copy_(torch.from_numpy(pixels))
-    shift = torch.tensor(np.asarray(mean) * 255, dtype=torch.float32).view(-1, 1, 1)
-    scale = torch.tensor(1 / (np.asarray(std) * 255), dtype=torch.float32).view(-1, 1, 1)
+    shift, scale = (torch.from_numpy(numbers) for numbers in _shift_and_scale(mean, std))
     return images.sub_(shift).mul_(scale)
+
+
+def normalised_array(
+    pixels: Pixels, mean: Sequence[float] | Statistic, std: Sequence[float] | Statistic
+) -> npt.NDArray[np.float32]:
+    """As :func:`normalised`, without PyTorch."""
+    images = pixels.astype(np.float32)
+    shift, scale = _shift_and_scale(mean, std)
+    images -= shift
+    images *= scale
+    return images
+
+
+def _shift_and_scale(
+    mean: Sequence[float] | Statistic, std: Sequence[float] | Statistic
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """What is subtracted from a pixel 0..255, and what it is multiplied by then, (c, 1, 1) each."""
+    shift, scale = np.asarray(mean) * 255, 1 / (np.asarray(std) * 255)
+    return shift.astype(np.float32).reshape(-1, 1, 1), scale.astype(np.float32).reshape(-1, 1, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgetrain.errors import DataError, near_matches
+from edgetrain.train.data.arrays import open_archive
 from edgetrain.train.data.cifar import cifar_folder, cifar_split, open_cifar, pickled_file, refuse_pickle
 from edgetrain.train.data.digits import DigitsSource
 from edgetrain.train.data.folder import is_image_folder, open_folder
@@ -15,7 +16,7 @@ from edgetrain.train.data.subset import Subset, stratified_indices
 
 _FORMATS = (
     "Parquet files (train*.parquet), MNIST files (train-images-idx3-ubyte.gz), "
-    "binary CIFAR files (data_batch_1.bin or train.bin), "
+    "binary CIFAR files (data_batch_1.bin or train.bin), NumPy archives (NAME.npz), "
     "or images in a folder per class (train/CLASS/*.jpg or CLASS/*.jpg)"
 )
 _NAMES_SHOWN = 20
@@ -56,6 +57,8 @@ def open_source(spec: str | Path, *, split: Split, limit: int | None = None, see
 
 def _open_other(path: Path, split: Split) -> Source:
     if path.is_file():
+        if path.suffix == ".npz":
+            return open_archive(path, split)
         if "idx" in path.name and is_idx_folder(path.parent):
             return open_idx(path.parent, split)
         if cifar_split(path) is not None:
