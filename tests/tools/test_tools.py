@@ -118,3 +118,12 @@ def test_coupling_folds() -> None:
     rows = run("coupling_folds.py", "--stages", "1", "--rounds", "3")["rows"]
     assert [row["way"] for row in rows] == ["joined", "halves", "factors", "carried", "delta"]
     assert all(row["max_difference"] < 1e-12 and row["latency_ms"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the cap needs Linux")
+def test_budget_sweep() -> None:
+    (row,) = run("budget_sweep.py", "--budgets", "60")["rows"]  # less than half of what keeping everything takes
+    assert row["outcome"] == "trained"
+    assert row["plans_given_up"] >= 1
+    assert row["peak_mib"] - row["of_files_mib"] <= 60
