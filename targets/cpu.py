@@ -55,6 +55,7 @@ class CpuTarget:
     def __init__(self) -> None:
         self._baseline_bytes = 0
         self._allocated_baseline_bytes = 0
+        self._file_baseline_bytes = 0
         self._lifted_limit: int | None = None
 
     @property
@@ -77,7 +78,8 @@ class CpuTarget:
             Path("/proc/self/clear_refs").write_text("5")
         except OSError as error:
             _log.warning("the high-water mark cannot be reset (%s): peaks are those of the whole process", error)
-        self._baseline_bytes = proc_bytes("self/status")["VmRSS"]
+        status = proc_bytes("self/status")
+        self._baseline_bytes, self._file_baseline_bytes = status["VmRSS"], status["RssFile"]
 
     def current_bytes(self) -> int:
         """Resident bytes above the baseline; below zero where memory was given back since."""
@@ -95,6 +97,15 @@ class CpuTarget:
         """
         _require_linux("the peak memory of a process is read from /proc")
         return proc_bytes("self/status")["VmHWM"] - self._baseline_bytes
+
+    def file_bytes(self) -> int:
+        """How much of :meth:`current_bytes` are pages of files, such as library code that ran for the first time.
+
+        The cap does not count them, and the kernel can drop them; zero where it does not tell them apart.
+        """
+        if not _on_linux():
+            return 0
+        return max(0, proc_bytes("self/status")["RssFile"] - self._file_baseline_bytes)
 
     def readings(self) -> dict[str, int]:
         """Resident bytes above the baseline, and what malloc has handed out since where glibc says so."""

@@ -70,6 +70,10 @@ class CudaTarget:
         """Peak of the bytes of all tensors on the device since :meth:`start`."""
         return torch.cuda.max_memory_allocated(self._device)
 
+    def file_bytes(self) -> int:
+        """Pages of files among :meth:`current_bytes`: zero, tensors are none."""
+        return 0
+
     def readings(self) -> dict[str, int]:
         """Bytes of all tensors, and what the caching allocator has reserved for them."""
         return {"allocator": self.current_bytes(), "reserved": self.reserved_bytes}

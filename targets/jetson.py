@@ -112,6 +112,10 @@ class JetsonTarget:
         """Peak of the bytes of all tensors on the device since :meth:`start`."""
         return self._cuda.peak_bytes()
 
+    def file_bytes(self) -> int:
+        """Pages of files among :meth:`current_bytes`: zero, tensors are none."""
+        return 0
+
     def readings(self) -> dict[str, int]:
         """See :meth:`edgetrain.targets.cuda.CudaTarget.readings`."""
         return self._cuda.readings()

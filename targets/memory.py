@@ -68,6 +68,10 @@ class Target(Protocol):
         """The largest :meth:`current_bytes` since :meth:`start`."""
         ...
 
+    def file_bytes(self) -> int:
+        """How much of :meth:`current_bytes` no budget has to hold: pages of files that the kernel can drop."""
+        ...
+
     def readings(self) -> dict[str, int]:
         """Bytes held now, by the name of who counts them; the first is :meth:`current_bytes`."""
         ...

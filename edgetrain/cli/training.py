@@ -138,6 +138,7 @@ def run_job(
         "history": [asdict(epoch) for epoch in run.history],
         "events": [asdict(event) for event in run.events],
         "peak_bytes": run.peak_bytes,
+        "file_bytes": run.file_bytes,
         "budget_bytes": run.budget_bytes,
         "broken_images": len({path for loader in loaders for path, _ in loader.broken}),
         "checkpoint": str(run.checkpoint),

@@ -61,6 +61,7 @@ class CappedRun:
         history: a record per epoch.
         events: one per time that memory was short.
         peak_bytes: the most that the run added to the process (CPU) or to the allocator (CUDA).
+        file_bytes: what of it are pages of files, at the end; the cap does not count them.
         budget_bytes: the cap, None where none was asked for.
         checkpoint: where the last state is.
     """
@@ -70,6 +71,7 @@ class CappedRun:
     history: list[EpochRecord]
     events: list[MemoryEvent]
     peak_bytes: int
+    file_bytes: int
     budget_bytes: int | None
     checkpoint: Path
 
@@ -147,7 +149,13 @@ def train_capped(
         return_large_blocks(2 * SLICE_BYTES)
     warm_up(device)
     if budget_bytes is not None:
-        check_budget(make_model, budget_bytes, standing_bytes=beside.standing_bytes)
+        try:
+            check_budget(make_model, budget_bytes, standing_bytes=beside.standing_bytes)
+        except BudgetError as error:
+            if "--budget" not in changes:
+                raise
+            action = f"{change(LEAN, {'--budget'})}, or choose a smaller --model"  # the smallest that ran in a trial
+            raise BudgetError(found=error.found, expected=error.expected, action=action) from None
     how: UniformMode | Plan | None = mode
     smaller: list[Plan] | None = None
     if how is None:
@@ -205,6 +213,7 @@ def train_capped(
                 history,
                 trainer.events,
                 target.peak_bytes(),
+                target.file_bytes(),
                 budget_bytes,
                 trainer.checkpoint,
             )

@@ -100,7 +100,12 @@ class Switching(Callback):
 
 
 def train(
-    folder: Path, plan: Plan, *callbacks: Callback, smaller: list[Plan], tolerance: float = 0.0, **options: Any
+    folder: Path,
+    plan: Plan,
+    *callbacks: Callback,
+    smaller: list[Plan],
+    tolerance: float = 0.0,
+    gauge: Any = None,
 ) -> tuple[Trainer, Losses]:
     """A run of six steps."""
     torch.manual_seed(1)
@@ -111,8 +116,7 @@ def train(
         run_dir=folder,
         recipe=Recipe(epochs=EPOCHS, batch_size=BATCH, peak_rate=0.1),
         callbacks=[losses, *callbacks],
-        guard=Guard(select_target("cpu"), lambda _: smaller),
-        **options,
+        guard=Guard(select_target("cpu"), lambda _: smaller, gauge=gauge),
     )
     for callback in callbacks:
         callback.trainer = trainer  # type: ignore[attr-defined]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -110,3 +112,37 @@ def test_of_another_model(model: nn.Linear, reason: str, tmp_path: Path):
 def test_missing(tmp_path: Path):
     with pytest.raises(StorageError, match="No such file"):
         load_weights(tmp_path / "missing", nn.Linear(2, 2))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's")
+def test_a_disk_that_is_full_during_a_save(tmp_path: Path):
+    """Writing really fails, half way: a process may not make files larger than half a checkpoint (RLIMIT_FSIZE)."""
+    path, model = tmp_path / "last.safetensors", nn.Linear(100, 100)
+    save_checkpoint(path, model, progress=progress(1, 2))
+    before = path.read_bytes()
+    code = """
+import resource, signal, sys
+from pathlib import Path
+import torch
+from torch import nn
+from edgetrain.errors import StorageError
+from edgetrain.train.checkpoint import Progress, save_checkpoint
+from edgetrain.train.random_state import RandomState
+from edgetrain.train.records import Position
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+random = RandomState.capture()
+try:
+    save_checkpoint(Path(sys.argv[1]), nn.Linear(100, 100), progress=Progress(Position(), (), random, random))
+except StorageError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path), str(len(before) // 2)], capture_output=True, text=True, check=True
+    )
+    assert "last.safetensors could not be written: File too large" in done.stdout
+    assert "what was saved before is intact" in done.stdout
+    assert path.read_bytes() == before
+    assert load_weights(path, nn.Linear(100, 100)) == {"epoch": 1, "step": 2}
+    assert [file.name for file in tmp_path.iterdir()] == ["last.safetensors"]

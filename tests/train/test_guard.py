@@ -169,3 +169,35 @@ def test_out_of_memory_in_an_evaluation(references: dict, tmp_path: Path, monkey
     assert {6, 3, 1} <= set(sizes)
     assert runs.end(trainer) == runs.end(whole) == references["after"][0]
     assert [r.test_accuracy for r in trainer.history] == [r.test_accuracy for r in whole.history]
+
+
+def test_memory_pressure_changes_the_plan_between_two_steps(references: dict, tmp_path: Path) -> None:
+    """As the reference does by itself; the warning is passed on once."""
+
+    class Gauge:
+        asked = 0
+
+        def reason(self) -> str | None:
+            self.asked += 1
+            return "little is left" if self.asked == DONE + 1 else None  # asked before the first step, too
+
+        def warning(self) -> str | None:
+            return "swap thrashes" if self.asked == DONE + 1 else None
+
+    class Warned(Told):
+        def __init__(self) -> None:
+            super().__init__()
+            self.texts: list[str] = []
+
+        def on_warning(self, text: str) -> None:
+            self.texts.append(text)
+
+    plan, smaller = PLANS["after"]
+    told = Warned()
+    trainer, losses = runs.train(tmp_path, plan, told, smaller=[smaller], gauge=Gauge())
+    assert [(event.kind, event.step, event.reason) for event in told.events] == [
+        ("memory pressure", DONE, "little is left")
+    ]
+    assert told.texts == ["swap thrashes"]
+    assert losses.found == references["after"][1]
+    assert runs.end(trainer) == references["after"][0]
