@@ -14,13 +14,11 @@ from torch import nn
 
 from edgetrain.chain import parts_of
 from edgetrain.memory.estimate import estimate
+from edgetrain.nn import Invertible
 from edgetrain.planner import UniformMode, uniform_plan
 from edgetrain.planner.samples import mixing_layer, possible_counts
 from edgetrain.runtime import wrap
 from edgetrain.train.recipe import Recipe
-
-_LEAN_MODES: tuple[UniformMode, ...] = ("recompute", "invert_layerwise")
-"""Leanest of what cannot be inverted, and of what can."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,6 @@ def _price(model: nn.Module, choice: str, input_shape: tuple[int, int, int], rec
             batch_size=samples,
             optimizer=optimizer,
             wrap=None if mode is None else planned,
-            measured=False,
         ).peak_bytes
 
     most = peak_bytes(recipe.batch_size, None)
@@ -91,5 +88,8 @@ def _price(model: nn.Module, choice: str, input_shape: tuple[int, int, int], rec
     part = recipe.batch_size // parts
     # besides one part there are the others, and from the second on the gradients of the first
     standing_bytes = (recipe.batch_size - part) * sample_bytes + (gradient_bytes if parts > 1 else 0)
-    least = min(most, *(peak_bytes(part, mode) + standing_bytes for mode in _LEAN_MODES))
+    modes: list[UniformMode] = ["recompute"]  # the leanest where nothing can be inverted
+    if any(isinstance(module, Invertible) for module in model.modules()):
+        modes.append("invert_layerwise")
+    least = min(most, *(peak_bytes(part, mode) + standing_bytes for mode in modes))
     return Price(choice, sum(p.numel() for p in trained), most, least, parts)
