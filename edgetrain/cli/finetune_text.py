@@ -36,15 +36,19 @@ def _verdict(price: Price, budget_bytes: int | None) -> str:
     return f"a plan fits {format_mib(budget_bytes)}" if price.least_bytes <= budget_bytes else "may not fit"
 
 
+_WIDEST = 20
+
+
 def class_table(result: Confusion) -> Table:
-    """Precision, recall and F1 of every class, and the confusion matrix beside them."""
+    """Precision, recall and F1 of every class, and beside them the confusion matrix of up to 20 classes."""
     table = Table("class", box=None, header_style="bold")
-    for name in ("images", "precision", "recall", "F1", *(f"-> {name}" for name in result.classes)):
+    predicted = result.classes if len(result.classes) <= _WIDEST else ()
+    for name in ("images", "precision", "recall", "F1", *(f"-> {name}" for name in predicted)):
         table.add_column(name, justify="right")
     for row, counts in zip(result.results(), result.counts, strict=True):
         found = [row.precision, row.recall, row.f1]
         values = ["-" if value is None else f"{value:.1%}" for value in found]
-        table.add_row(row.name, str(row.images), *values, *(str(count) for count in counts))
+        table.add_row(row.name, str(row.images), *values, *(str(count) for count in counts[: len(predicted)]))
     return table
 
 

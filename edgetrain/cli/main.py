@@ -17,6 +17,7 @@ from edgetrain.cli.calibrate import calibrate
 from edgetrain.cli.demo import demo
 from edgetrain.cli.devices import devices
 from edgetrain.cli.estimate import estimate
+from edgetrain.cli.eval import evaluate
 from edgetrain.cli.export import export
 from edgetrain.cli.finetune import finetune
 from edgetrain.cli.infer import infer
@@ -40,6 +41,7 @@ _COMMANDS = (
     "train",
     "finetune",
     "resume",
+    "eval",
     "plan",
     "estimate",
     "report",
@@ -52,6 +54,7 @@ app.command()(demo)
 app.command()(train)
 app.command()(finetune)
 app.command()(resume)
+app.command("eval")(evaluate)
 app.command()(plan)
 app.command()(estimate)
 app.command()(report)

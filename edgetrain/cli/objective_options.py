@@ -189,7 +189,7 @@ def set_up(
         kind = Triplet if record.name == "triplet" else Contrastive
         objective: Any = kind() if record.margin is None else kind(record.margin)
         order = order_of(record, source)
-        make = functools.partial(_plain_loader, source, input_shape, statistics, seed, min(len(source), _REFERENCES))
+        make = functools.partial(reference_loader, source, input_shape, statistics, seed)
         return ObjectiveSetup(objective, make_model, Guest(), order, True, make)
     attention = record.name == "attention-transfer"
     make_model, teacher = _taught(record, make_model, input_shape, statistics, source.classes, attention)
@@ -271,7 +271,7 @@ def _stored(
     }
     found = stored_answers(
         teacher,
-        functools.partial(_plain_loader, source, input_shape, statistics, seed, len(source)),
+        functools.partial(plain_loader, source, input_shape, statistics, seed),
         digest=question_digest(teacher.make(), source, preprocessing),
         folder=Path(record.teacher_outputs),
         device=device,
@@ -281,18 +281,28 @@ def _stored(
     return found
 
 
-def _plain_loader(
-    source: Source, input_shape: tuple[int, int, int], statistics: Statistics, seed: int, count: int
+def reference_loader(source: Source, input_shape: tuple[int, int, int], statistics: Statistics, seed: int) -> Loader:
+    """At most 2000 images of ``source``, each class in proportion, by which embeddings are judged."""
+    from edgetrain.train.data.subset import limited
+
+    return plain_loader(limited(source, _REFERENCES, seed=seed), input_shape, statistics, seed)
+
+
+def plain_loader(
+    source: Source,
+    input_shape: tuple[int, int, int],
+    statistics: Statistics,
+    seed: int,
+    *,
+    batch_size: int | None = None,
 ) -> Loader:
-    """The first ``count`` images of each class's share, as they are, in order."""
-    from edgetrain.train.data import Loader, Subset
-    from edgetrain.train.data.subset import stratified_indices
+    """All images of ``source`` as they are, in order; None: as many at once as a test batch has at most."""
+    from edgetrain.train.data import Loader
     from edgetrain.train.trial import EVALUATION_BATCH_SIZE
 
-    some = source if count >= len(source) else Subset(source, stratified_indices(source.labels, count, seed=seed))
     return Loader(
-        some,
-        batch_size=min(EVALUATION_BATCH_SIZE, len(some)),
+        source,
+        batch_size=min(batch_size or EVALUATION_BATCH_SIZE, len(source)),
         image_size=input_shape,
         augment=False,
         shuffle=False,

@@ -21,16 +21,24 @@ from edgetrain.planner.plans import plan_text
 from edgetrain.train.checkpoint import load_weights, newest_checkpoint
 from edgetrain.train.data import BrokenImage, Source, Split, open_divided, open_source
 from edgetrain.train.data.reduced import decode_fitted
+from edgetrain.train.data.subset import limited
 from edgetrain.train.run_record import RunRecord
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """What a run directory holds: the network with its weights, and what is known of it."""
+    """What a run directory holds: the network with its weights, and what is known of it.
+
+    Attributes:
+        checkpoint: where the weights are from; ``epoch``, ``step``: how many were done by then.
+    """
 
     model: nn.Module
     record: RunRecord
     about: About
+    checkpoint: Path
+    epoch: int
+    step: int
 
 
 def load_run(run_dir: Path) -> TrainedRun:
@@ -44,7 +52,7 @@ def load_run(run_dir: Path) -> TrainedRun:
     checkpoint = newest_checkpoint(run_dir / "checkpoints")
     _check_size(make, checkpoint.path, may_look_at_weights=":" in record.model)
     model = make()
-    load_weights(checkpoint.path, model)
+    done = load_weights(checkpoint.path, model)
     plan = run_dir / "plan.json"
     about = About(
         name=record.model,
@@ -52,7 +60,7 @@ def load_run(run_dir: Path) -> TrainedRun:
         plan=plan_text(plan) if plan.exists() else None,
         normalisation=Normalisation(record.mean, record.std),
     )
-    return TrainedRun(model, record, about)
+    return TrainedRun(model, record, about, checkpoint.path, **done)
 
 
 def network_maker(record: RunRecord) -> Callable[[], nn.Module]:
@@ -71,11 +79,16 @@ def network_maker(record: RunRecord) -> Callable[[], nn.Module]:
     return functools.partial(_with_head, make, finetuning.head, len(record.classes))
 
 
-def _source(record: RunRecord, split: Split) -> Source:
+def run_source(record: RunRecord, split: Split, *, limit: int | None = None) -> Source:
+    """The images that a run is trained or tested on, ``limit`` of them as its ``--limit-train`` or ``--limit-test``.
+
+    Raises:
+        DataError: they are not there any more, or there is no such split.
+    """
     if record.finetuning is None:
-        return open_source(record.data, split=split)
+        return open_source(record.data, split=split, limit=limit, seed=record.seed)
     divided = open_divided(record.data, holdout=record.finetuning.holdout, seed=record.seed)
-    return divided.train if split == "train" else divided.test
+    return limited(divided.train if split == "train" else divided.test, limit, seed=record.seed)
 
 
 def _with_head(make: Callable[[], nn.Module], head: str, classes: int) -> nn.Module:
@@ -110,7 +123,7 @@ def run_images(record: RunRecord, *, split: Split, count: int) -> ImageSet:
     cannot be reached, which :attr:`ImageSet.source` then says with the reason.
     """
     try:
-        source = _source(record, split)
+        source = run_source(record, split)
     except DataError as error:
         if split == "test" and error.found.endswith("has no test split"):
             return run_images(record, split="train", count=count)

@@ -13,7 +13,7 @@ class whose mean has the largest cosine with the embedding of a test image.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -109,23 +109,32 @@ class Contrastive:
         return torch.linalg.vector_norm(one - other, dim=1)
 
 
-@torch.no_grad()
 def nearest_centroid(
     model: nn.Module, references: Batches, batches: Batches, *, device: str | torch.device = "cpu"
 ) -> float:
     """Part of the images of ``batches`` whose class has the nearest centroid, 0..1; the mode is put back afterwards."""
+    seen = correct = 0
+    for predicted, labels in centroid_predictions(model, references, batches, device=device):
+        correct += int((predicted == labels).sum())
+        seen += len(labels)
+    return correct / max(seen, 1)
+
+
+def centroid_predictions(
+    model: nn.Module, references: Batches, batches: Batches, *, device: str | torch.device = "cpu"
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(classes of the nearest centroids, labels) of each batch, (n,) each; the mode is put back at the end."""
     was_training = model.training
     model.eval()
     try:
-        centroids = _centroids(model, references, device)
-        seen = correct = 0
+        with torch.no_grad():
+            centroids = _centroids(model, references, device)
         for images, labels in batches:
-            found = (_unit(model(images.to(device))) @ centroids.T).argmax(1)
-            correct += int((found.cpu() == labels).sum())
-            seen += len(labels)
+            with torch.no_grad():
+                found = (_unit(model(images.to(device))) @ centroids.T).argmax(1).cpu()
+            yield found, labels
     finally:
         model.train(was_training)
-    return correct / max(seen, 1)
 
 
 def _centroids(model: nn.Module, references: Batches, device: str | torch.device) -> Tensor:

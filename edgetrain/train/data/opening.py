@@ -12,7 +12,7 @@ from edgetrain.train.data.folder import is_image_folder, open_folder
 from edgetrain.train.data.idx import is_idx_folder, open_idx
 from edgetrain.train.data.parquet import ParquetSource
 from edgetrain.train.data.source import Source, Split, no_split
-from edgetrain.train.data.subset import Subset, stratified_indices
+from edgetrain.train.data.subset import limited
 
 _FORMATS = (
     "Parquet files (train*.parquet), MNIST files (train-images-idx3-ubyte.gz), "
@@ -36,7 +36,7 @@ def open_source(spec: str | Path, *, split: Split, limit: int | None = None, see
         StorageError: no space to unpack the data.
     """
     if spec == "digits":
-        return _limited(DigitsSource(split), limit, seed)
+        return limited(DigitsSource(split), limit, seed=seed)
     path = Path(spec)
     if not path.exists():
         beside = [p.name for p in sorted(path.parent.iterdir())] if path.parent.is_dir() else []
@@ -52,7 +52,7 @@ def open_source(spec: str | Path, *, split: Split, limit: int | None = None, see
             raise no_split(path, split, f"a file {'test' if split == 'test' else 'train'}*.parquet")
         name = path.name if path.is_dir() else path.stem
         return ParquetSource(files, name=name, train_files=train_files, limit=limit, seed=seed)
-    return _limited(_open_other(path, split), limit, seed)
+    return limited(_open_other(path, split), limit, seed=seed)
 
 
 def _open_other(path: Path, split: Split) -> Source:
@@ -79,12 +79,6 @@ def _open_other(path: Path, split: Split) -> Source:
         expected=_FORMATS,
         action="unpack the archive if it is one, or name the folder that holds the files",
     )
-
-
-def _limited(source: Source, limit: int | None, seed: int) -> Source:
-    if limit is None:
-        return source
-    return Subset(source, stratified_indices(source.labels, limit, seed=seed))
 
 
 def _parquet_files(path: Path) -> dict[Split, list[Path]] | None:

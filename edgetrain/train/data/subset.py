@@ -73,3 +73,8 @@ class Subset:
 def is_mirror_invariant(source: Source) -> bool:
     """Whether a mirrored image keeps its class; true unless the source says otherwise."""
     return bool(getattr(source, "mirror_invariant", True))
+
+
+def limited(source: Source, limit: int | None, *, seed: int) -> Source:
+    """``limit`` images of ``source``, each class in proportion; None: all of them."""
+    return source if limit is None else Subset(source, stratified_indices(source.labels, limit, seed=seed))
