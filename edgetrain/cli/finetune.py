@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from edgetrain.cli import objective_options
 from edgetrain.cli.train import PLANNED, CheckpointEvery, MaxTemp, PauseFile, check_mode, check_rate
 from edgetrain.errors import UsageError, near_matches
 
@@ -40,6 +41,16 @@ def finetune(
     epochs: Annotated[int, typer.Option(min=1)] = 30,
     batch_size: Annotated[int, typer.Option(min=2)] = 32,
     mode: Annotated[str, typer.Option(help="planned, or one mode for all blocks, as of edgetrain train.")] = PLANNED,
+    objective: Annotated[
+        str, typer.Option(help="cross-entropy, distillation or attention-transfer, from --teacher.")
+    ] = "cross-entropy",
+    label_smoothing: objective_options.LabelSmoothing = 0.0,
+    teacher: objective_options.TeacherRun = None,
+    teacher_outputs: objective_options.TeacherOutputs = None,
+    temperature: objective_options.Temperature = None,
+    alpha: objective_options.Alpha = None,
+    beta: objective_options.Beta = None,
+    attention_map: objective_options.AttentionMap = None,
     image_size: Annotated[int | None, typer.Option(min=8, help="Side in pixels; default: that of the run.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak rate; default 0.4 per 512 samples.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
@@ -59,7 +70,18 @@ def finetune(
     check_rate(learning_rate)
     _check_choice("--batch-norm", batch_norm, ["live", "fixed"])
     _check_choice("--balance", balance, ["sampling", "loss", "none"])
-    from edgetrain.cli.finetuning import announce, parse_budget, prepare, run_finetuning
+    learned = objective_options.objective_record(
+        objective,
+        label_smoothing=label_smoothing,
+        teacher=teacher,
+        teacher_outputs=teacher_outputs,
+        temperature=temperature,
+        alpha=alpha,
+        beta=beta,
+        attention_map=attention_map,
+    )
+    from edgetrain.cli.automatic_budget import parse_budget
+    from edgetrain.cli.finetuning import announce, prepare, run_finetuning
     from edgetrain.cli.training import check_display
     from edgetrain.train import Throttle
 
@@ -84,6 +106,7 @@ def finetune(
         seed=seed,
         checkpoint_every=checkpoint_every,
         export=export,
+        objective=learned,
     )
     if not quiet:
         announce(prepared, budget_bytes=budget_bytes, reserve_bytes=reserve_bytes)

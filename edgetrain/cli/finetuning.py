@@ -11,26 +11,24 @@ import torch
 
 from edgetrain.cli.export import run_export
 from edgetrain.cli.finetune_text import class_table, price_table, print_wide
-from edgetrain.cli.objective_options import set_up_weighted
+from edgetrain.cli.objective_options import set_up
 from edgetrain.cli.origin import Adapted, Origin, find_origin, fitted_shape, head_of
 from edgetrain.cli.train import PLANNED, default_image_size, read_plan, show_result
 from edgetrain.cli.trained import network_maker
 from edgetrain.cli.training import Job, run_job
-from edgetrain.errors import BudgetError, EdgetrainError, UsageError
+from edgetrain.errors import EdgetrainError, UsageError
 from edgetrain.files import write_atomically
 from edgetrain.planner import Plan, UniformMode
-from edgetrain.targets import select_target
 from edgetrain.train import Recipe, Throttle
 from edgetrain.train.data import channel_statistics, open_divided
 from edgetrain.train.data.balance import balancing_weights
 from edgetrain.train.data.holdout import Divided
 from edgetrain.train.metrics import Confusion, confusion
 from edgetrain.train.prices import Price, offered_choices, prices
-from edgetrain.train.run_record import Finetuning, RunRecord, Training
-from edgetrain.units import MIB, format_mib, parse_size
+from edgetrain.train.run_record import Finetuning, ObjectiveRecord, RunRecord, Training
+from edgetrain.units import format_mib
 
-RESERVE_BYTES, RESERVE = 256 * MIB, 0.1
-"""What ``--budget auto`` leaves to everything else: the larger of so many bytes and that part of what is available."""
+OBJECTIVES = ("cross-entropy", "distillation", "attention-transfer")
 
 
 @dataclass(frozen=True)
@@ -53,30 +51,6 @@ class Finetune:
         return self.job.record.finetuning
 
 
-def automatic_budget(device: str | None) -> tuple[int, int]:
-    """``(budget, reserve)`` in bytes: what is available now, less a reserve, and no more than a profile allows.
-
-    Raises:
-        BudgetError: nothing is left.
-        UsageError: no such profile.
-    """
-    available = select_target(_device()).probe().available_bytes
-    reserve = max(RESERVE_BYTES, int(RESERVE * available))
-    budget = available - reserve
-    if device is not None:
-        from edgetrain.profiles import load_profile
-
-        profile = load_profile(device)
-        budget = min(budget, profile.default_budget_bytes or profile.available_bytes or budget)
-    if budget <= 0:
-        raise BudgetError(
-            found=f"{format_mib(available)} available on this machine",
-            expected=f"more than the reserve of {format_mib(reserve)} that --budget auto leaves",
-            action="end other programs, or pass --budget with what may be used",
-        )
-    return budget, reserve
-
-
 def prepare(
     *,
     data: str,
@@ -96,8 +70,10 @@ def prepare(
     seed: int,
     checkpoint_every: int | None,
     export: bool,
+    objective: ObjectiveRecord,
 ) -> Finetune:
     """What ``edgetrain finetune`` was asked for, checked and ready to run; the options as there."""
+    _check_objective(objective, trained, out)
     divided = open_divided(data, holdout=holdout, seed=seed)
     classes, channels = tuple(divided.train.classes), divided.train.channels
     origin = find_origin(source, classes=len(classes), channels=channels)
@@ -125,6 +101,7 @@ def prepare(
             limit_train=None,
             limit_test=None,
             checkpoint_every=checkpoint_every,
+            objective=objective,
             threads=torch.get_num_threads(),
         ),
         finetuning=Finetuning(
@@ -174,10 +151,17 @@ def announce(run: Finetune, *, budget_bytes: int | None, reserve_bytes: int | No
     held_out = f", {how.holdout:.0%} of each class held out" if divided.held_out else ""
     head = f"new head {how.head} for {len(record.classes)} classes" if how.new_head else f"head {how.head} kept"
     reserve = "" if reserve_bytes is None else f" (available now, less a reserve of {format_mib(reserve_bytes)})"
+    assert record.training is not None
+    learned = record.training.objective
+    teacher: list[str] = []
+    if learned.teacher is not None and job.setup is not None:
+        beside = format_mib(job.setup.guest.standing_bytes)
+        teacher = [f"{learned.name} from {learned.teacher}, which takes {beside} beside a step"]
     budget = "no budget" if budget_bytes is None else f"budget {format_mib(budget_bytes)}{reserve}"
     print_wide(
         f"{record.model} from {how.source}: {head}",
         f"{len(divided.train)} images to train on, {len(divided.test)} to test on{held_out}; {budget}",
+        *teacher,
         f"a step of {job.recipe.batch_size} images of {shape}, batch norm {how.batch_norm}, takes:",
         price_table(run.prices, chosen=how.trained, budget_bytes=budget_bytes),
         stderr=True,
@@ -202,6 +186,7 @@ def run_finetuning(
         ExportError: the network cannot be exported; the run and its result are complete all the same.
     """
     job, how = run.job, run.how
+    assert job.record.training is not None
     done, outcome = run_job(
         job,
         budget_bytes=budget_bytes,
@@ -221,6 +206,7 @@ def run_finetuning(
         "pooling": job.record.pooling,
         "mode": job.chosen if isinstance(job.chosen, str) else "planned",
         "finetuning": how.model_dump(),
+        "objective": job.record.training.objective.name,
         "images": {"train": len(run.divided.train), "test": len(run.divided.test), "held_out": run.divided.held_out},
         "choices": [asdict(price) for price in run.prices],
         "planned_bytes": None if done.plan.costed is None else done.plan.costed.peak_bytes,
@@ -249,15 +235,25 @@ def _job(
     assert record.training is not None
     assert record.finetuning is not None
     training, balance = record.training, record.finetuning.balance
-    weights = balancing_weights(divided.train.labels, len(record.classes)) if balance == "loss" else None
+    setup = set_up(
+        training.objective,
+        make_model=make,
+        source=divided.train,
+        input_shape=record.input_shape,
+        batch_size=batch_size,
+        statistics=(record.mean, record.std),
+        seed=record.seed,
+        device=_device(),
+        class_weights=balancing_weights(divided.train.labels, len(record.classes)) if balance == "loss" else None,
+    )
     return Job(
-        make,
+        setup.make_model,
         record,
         Recipe(epochs=training.epochs, batch_size=batch_size, peak_rate=training.learning_rate, seed=record.seed),
         divided.train,
         divided.test,
         chosen,
-        setup=set_up_weighted(make, weights),
+        setup=setup,
         balanced=balance == "sampling",
     )
 
@@ -290,12 +286,26 @@ def _check_apart(origin: Origin, out: Path) -> None:
         )
 
 
+def _check_objective(objective: ObjectiveRecord, trained: str, out: Path) -> None:
+    if objective.name not in OBJECTIVES:
+        raise UsageError(
+            found=f"--objective {objective.name} with edgetrain finetune, which trains a logit for each class",
+            expected="one of " + ", ".join(OBJECTIVES),
+            action=f"train a network that embeds with edgetrain train --objective {objective.name}",
+        )
+    if objective.name == "attention-transfer" and trained == "head":
+        raise UsageError(
+            found="--objective attention-transfer with --train head",
+            expected="something to train below the head: no attention changes with the head alone",
+            action="pass --train last:K, or --objective distillation",
+        )
+    if objective.teacher is not None and Path(objective.teacher) == out.resolve():
+        raise UsageError(
+            found=f"--out {out}, the run of the teacher",
+            expected="another directory: a new run removes the checkpoints of the one that was there",
+            action="name another directory",
+        )
+
+
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def parse_budget(budget: str, device: str | None) -> tuple[int | None, int | None]:
-    """``(budget, reserve)`` in bytes of ``auto``, ``none`` or a size; None for no budget, and for no reserve."""
-    if budget == "auto":
-        return automatic_budget(device)
-    return (None if budget == "none" else parse_size(budget)), None

@@ -154,14 +154,6 @@ def order_of(record: ObjectiveRecord, source: Source) -> Order | None:
     return Groups(source.labels, group=_GROUPS[record.name]) if record.name in _GROUPS else None
 
 
-def set_up_weighted(make_model: Callable[[], nn.Module], class_weights: tuple[float, ...] | None) -> ObjectiveSetup:
-    """Cross-entropy, each class with its weight."""
-    from edgetrain.memory import Guest
-    from edgetrain.train import CrossEntropy
-
-    return ObjectiveSetup(CrossEntropy(class_weights=class_weights), make_model, Guest(), None, True, None)
-
-
 def set_up(
     record: ObjectiveRecord,
     *,
@@ -172,8 +164,12 @@ def set_up(
     statistics: Statistics,
     seed: int,
     device: str,
+    class_weights: tuple[float, ...] | None = None,
 ) -> ObjectiveSetup:
     """The objective of ``record`` for a network of ``make_model`` and the training images of ``source``.
+
+    Args:
+        class_weights: of the cross-entropy in it; None: all 1.
 
     Raises:
         StorageError: the teacher's run cannot be read.
@@ -182,7 +178,7 @@ def set_up(
     from edgetrain.memory import Guest
     from edgetrain.train import Contrastive, CrossEntropy, TeacherObjective, Triplet
 
-    hard = CrossEntropy(record.label_smoothing)
+    hard = CrossEntropy(record.label_smoothing, class_weights)
     if record.name == "cross-entropy":
         return ObjectiveSetup(hard, make_model, Guest(), None, True, None)
     if record.name in _GROUPS:

@@ -29,7 +29,7 @@ class Origin:
         make: makes it, without the weights of the checkpoint.
         weights: checkpoint; None: the function's own.
         made_for: classes for which ``make`` makes it; ``new_head``: whether another head is put into it by then.
-        classes: those that it tells apart; None: unknown.
+        classes: those that it tells apart, none where it embeds; None: unknown.
         input_shape: (c, h, w) with which it was trained; None: unknown.
         described: fields of a :class:`RunRecord` that say what it is.
     """
@@ -108,9 +108,9 @@ def _of_run(run: Path, checkpoint: Path) -> Origin:
         str(checkpoint.resolve()),
         network_maker(record),
         checkpoint.resolve(),
-        made_for=len(record.classes) if before is None else before.made_for,
+        made_for=(record.embedding or len(record.classes)) if before is None else before.made_for,
         new_head=before is not None and before.new_head,
-        classes=record.classes,
+        classes=record.classes if record.embedding is None else (),
         input_shape=record.input_shape,
         described={"model": record.model, "pooling": record.pooling, "options": record.options},
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 import edgetrain
 from edgetrain.errors import DataError, UsageError
 from edgetrain.train import Contrastive, InterruptedRunError, Recipe, StepRecord, Trainer, Triplet, nearest_centroid
+from edgetrain.train.callbacks import Callback
 from edgetrain.train.data import Groups, Loader, open_source
 from edgetrain.train.data.source import BrokenImage
 
@@ -144,7 +145,7 @@ def network() -> torch.nn.Module:
     return edgetrain.create_model("resnet8", 8, in_channels=1, width=8)
 
 
-class StopAt:
+class StopAt(Callback):
     """Ends a run after some steps as a signal would."""
 
     def __init__(self, step: int) -> None:
@@ -156,12 +157,6 @@ class StopAt:
             import signal
 
             signal.raise_signal(signal.SIGTERM)
-
-    def on_epoch(self, record: Any) -> None: ...
-
-    def on_checkpoint(self, path: Any) -> None: ...
-
-    def on_wait(self, reason: str | None) -> None: ...
 
 
 def trainer(run_dir: Path, objective: Any, group: int, *, callbacks: Any = (), epochs: int = 2) -> Trainer:
