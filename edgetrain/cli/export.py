@@ -73,6 +73,7 @@ def export(
 
         export_ort_training(
             load_network(run, model, input_shape, num_classes, precision="fp32", images=images),
+            run=run,
             out=out or (run or Path()) / "export" / format,
             batch=batch,
             options={

@@ -18,18 +18,25 @@ TRAIN_STEP = "train-step"
 
 def export_step(run: Path | None, *, out: Path | None, device: str | None, optimizer: str, as_json: bool) -> None:
     """Writes the directory and says what is in it."""
+    from edgetrain.cli.plain_step import order_note
+    from edgetrain.train.run_record import RunRecord
+
     exported = write_step(run, out=out, device=device, optimizer=optimizer)
+    assert run is not None
+    note = order_note(RunRecord.read(run))
     if as_json:
-        document = {"path": str(exported.path), "nodes": exported.nodes, "manifest": exported.manifest}
+        document = {"path": str(exported.path), "nodes": exported.nodes, "manifest": exported.manifest, "note": note}
         typer.echo(json.dumps(document))
         return
     typer.echo(str(exported))
+    if note is not None:
+        typer.echo(note)
     typer.echo(f"train it without PyTorch: python -m edgetrain.lite {exported.path} --data PATH")
 
 
 def write_step(run: Path | None, *, out: Path | None, device: str | None, optimizer: str) -> TrainStepExport:
     """The step of the run's plan, with the weights that it has reached."""
-    from edgetrain.chain import freeze
+    from edgetrain.cli.plain_step import plain_step
     from edgetrain.cli.trained import load_run
     from edgetrain.export.opset import choose_opset
     from edgetrain.export.train_step.optimizers import OPTIMIZERS
@@ -53,13 +60,7 @@ def write_step(run: Path | None, *, out: Path | None, device: str | None, optimi
         )
     trained = load_run(run)
     record, settings = trained.record, trained.record.training
-    if settings is not None and settings.sample_modules is not None:
-        raise UsageError(
-            found=f"{run}, which trains other modules in every step",
-            expected="a run without --sample-modules: a graph is one step",
-            action="train with --plan or --mode instead",
-        )
-    model = trained.model if settings is None else freeze(trained.model, settings.freeze)
+    model = plain_step(run, record, trained.model, TRAIN_STEP)
     plan = Plan.read(run / "plan.json")
     recipe = Recipe(
         epochs=1 if settings is None else settings.epochs,

@@ -13,7 +13,7 @@ from torch import nn
 
 from edgetrain.chain.head import replace_head
 from edgetrain.cli.model_argument import model_maker
-from edgetrain.errors import DataError, StorageError
+from edgetrain.errors import DataError, StorageError, UsageError
 from edgetrain.export.describe import About
 from edgetrain.export.images import ImageSet, Normalisation, as_image_set
 from edgetrain.models import create_model
@@ -46,6 +46,7 @@ def load_run(run_dir: Path) -> TrainedRun:
 
     Raises:
         StorageError: a file of the run is missing, damaged, or of another network.
+        UsageError: it samples modules and has not ended.
     """
     record = RunRecord.read(run_dir)
     make = network_maker(record)
@@ -53,6 +54,7 @@ def load_run(run_dir: Path) -> TrainedRun:
     _check_size(make, checkpoint.path, may_look_at_weights=":" in record.model)
     model = make()
     done = load_weights(checkpoint.path, model)
+    _check_whole(run_dir, record, done["epoch"])
     plan = run_dir / "plan.json"
     about = About(
         name=record.model,
@@ -115,6 +117,17 @@ def _check_size(make: Callable[[], nn.Module], checkpoint: Path, *, may_look_at_
             found=f"a run whose network has {weights} weights, and a checkpoint of {checkpoint.stat().st_size:,} bytes",
             expected="the checkpoint of that network",
             action="train again: run.json was changed, or belongs to another run",
+        )
+
+
+def _check_whole(run_dir: Path, record: RunRecord, epoch: int) -> None:
+    """Refuses a network that is still sampled: its modules are scaled, and its statistics taken again, at the end."""
+    training = record.training
+    if training is not None and training.sample_modules is not None and epoch < training.epochs:
+        raise UsageError(
+            found=f"{run_dir}, which samples modules and stands at epoch {epoch} of {training.epochs}",
+            expected="the whole network, which there is when the run has ended",
+            action=f"edgetrain resume {run_dir}",
         )
 
 

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgetrain.chain.freezing import is_frozen
 from edgetrain.errors import ExportError, UsageError, near_matches
 from edgetrain.export.certificate import describe_file
 from edgetrain.export.describe import About, text_digest, versions
@@ -118,6 +119,7 @@ def export_ort_training(
             whole, shown.pixels, Path(work) / "forward.onnx", opset=DEFAULT, batch_size=batch_size
         )
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        _check_present(model, graph, trained)
         held = [name for name in model.state_dict() if name not in trained]
         refuse_errors(
             lint_training(graph, trained),
@@ -215,6 +217,19 @@ def _as_in_torch(path: Path, weight_decay: float) -> None:
     node.attribute.extend(onnx.helper.make_attribute(name, float(value)) for name, value in wanted.items())
     node.attribute.extend(onnx.helper.make_attribute(*flag) for flag in (("adam_mode", 0), ("correct_bias", 1)))
     onnx.save(model, str(path))
+
+
+def _check_present(model: nn.Module, graph: ModelProto, trained: list[str]) -> None:
+    """Raises ExportError where scale and shift of a batch norm that stays in evaluation mode are to be trained."""
+    present = {initialiser.name for initialiser in graph.graph.initializer}
+    fixed = {name for name, module in model.named_modules() if is_frozen(module)}
+    lost = [name for name in trained if name not in present and name.rpartition(".")[0] in fixed]
+    if lost:
+        raise ExportError(
+            found=f"{lost[0]}, which is trained, of a batch norm by running statistics",
+            expected="batch norms by those of the batch, or nothing of them to train: ONNX Runtime knows no other",
+            action="fine-tune with --batch-norm live, or with --train head or last:K, or export --format train-step",
+        )
 
 
 def _checked(whole: nn.Module, folder: Path, shown: ImageSet, batch_size: int | None) -> dict[str, Any]:

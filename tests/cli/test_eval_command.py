@@ -14,6 +14,7 @@ from PIL import Image
 from edgetrain.cli.evaluating import label_order
 from edgetrain.cli.main import run
 from edgetrain.errors import DataError
+from edgetrain.train.run_record import RunRecord
 
 DIGITS = ["--data", "digits", "--image-size", "16", "--limit-train", "480", "--limit-test", "60", "--seed", "3"]
 STEP = ["--batch-size", "24", "--mode", "keep_all", "--quiet", "--json"]
@@ -106,6 +107,19 @@ def test_of_a_run_that_embeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert found["embedding"] == 16
     assert run(["eval", str(tmp_path)]) == 0
     assert "embeddings of 16 by nearest centroid" in capsys.readouterr().out
+
+
+def test_of_sampled_modules_when_the_run_has_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", "resnet20", "--epochs", "1", "--sample-modules", "1/2", "--out", tmp_path]
+    trained = answered(capsys, "train", *DIGITS, *STEP, *options)
+    assert answered(capsys, "eval", tmp_path, "--json")["accuracy"] == trained["history"][-1]["test_accuracy"]
+    record = RunRecord.read(tmp_path)
+    assert record.training is not None
+    longer = record.training.model_copy(update={"epochs": 2})
+    record.model_copy(update={"training": longer}).write(tmp_path)
+    said = complaint(capsys, 2, "eval", tmp_path)
+    assert "stands at epoch 1 of 2" in said
+    assert f"edgetrain resume {tmp_path}" in said
 
 
 def test_other_images_in_grey_of_another_size_and_a_broken_one(
