@@ -15,7 +15,16 @@ from torch import Tensor
 
 import edgetrain
 from edgetrain.errors import DataError, UsageError
-from edgetrain.train import Contrastive, InterruptedRunError, Recipe, StepRecord, Trainer, Triplet, nearest_centroid
+from edgetrain.train import (
+    Callback,
+    Contrastive,
+    InterruptedRunError,
+    Recipe,
+    StepRecord,
+    Trainer,
+    Triplet,
+    nearest_centroid,
+)
 from edgetrain.train.data import Groups, Loader, open_source
 from edgetrain.train.data.source import BrokenImage
 
@@ -144,7 +153,7 @@ def network() -> torch.nn.Module:
     return edgetrain.create_model("resnet8", 8, in_channels=1, width=8)
 
 
-class StopAt:
+class StopAt(Callback):
     """Ends a run after some steps as a signal would."""
 
     def __init__(self, step: int) -> None:
