@@ -168,7 +168,7 @@ def test_loss_that_is_not_a_number(folder: Path, capfd: pytest.CaptureFixture[st
     err = capfd.readouterr().err
     assert_paragraph(err)
     assert "step 2" in err
-    assert load_weights(checkpoint, hybrid(in_channels=1, width=8))["epoch"] == 0
+    assert load_weights(folder / "run/checkpoints/last.safetensors", hybrid(in_channels=1, width=8))["epoch"] == 0
 
 
 def test_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
@@ -186,7 +186,7 @@ def test_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.
     err = capfd.readouterr().err
     assert_paragraph(err)
     assert "No space left" in err
-    assert load_weights(folder / "run/checkpoints/last.safetensors", hybrid(in_channels=1, width=8))["epoch"] == 0
+    assert load_weights(checkpoint, hybrid(in_channels=1, width=8))["epoch"] == 0
     assert not list(folder.rglob("*.partial"))
 
 
