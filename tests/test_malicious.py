@@ -16,7 +16,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from malicious_inputs import CASES
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the cap needs Linux")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the cap needs Linux"),
+]
 
 ERRORS = {
     "checkpoint": {"StorageError"},

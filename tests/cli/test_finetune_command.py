@@ -95,7 +95,7 @@ def test_only_the_head_is_trained(
     "options",
     [
         ["--train", "last:3", "--balance", "sampling"],
-        ["--train", "bias-norm", "--batch-norm", "fixed", "--balance", "loss"],
+        pytest.param(["--train", "bias-norm", "--batch-norm", "fixed", "--balance", "loss"], marks=pytest.mark.slow),
     ],
 )
 def test_goes_on_bit_for_bit(
@@ -135,6 +135,7 @@ def colour_network() -> nn.Module:
     return create_model("resnet20", 10, width=4)
 
 
+@pytest.mark.slow
 def test_a_function_of_ones_own_and_its_run_again(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

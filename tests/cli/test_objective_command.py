@@ -97,6 +97,7 @@ def test_stored_outputs_are_those_of_the_teacher_that_runs(
     assert weights(tmp_path / "first") == weights(tmp_path / "fourth")
 
 
+@pytest.mark.slow
 def test_a_budget_counts_the_teacher(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = [*arguments("distillation", teacher, tmp_path), "--budget", "1MiB", "--out", str(tmp_path / "run")]
     assert run(given) == 5

@@ -15,8 +15,16 @@ from torch import Tensor
 
 import edgetrain
 from edgetrain.errors import DataError, UsageError
-from edgetrain.train import Contrastive, InterruptedRunError, Recipe, StepRecord, Trainer, Triplet, nearest_centroid
-from edgetrain.train.callbacks import Callback
+from edgetrain.train import (
+    Callback,
+    Contrastive,
+    InterruptedRunError,
+    Recipe,
+    StepRecord,
+    Trainer,
+    Triplet,
+    nearest_centroid,
+)
 from edgetrain.train.data import Groups, Loader, open_source
 from edgetrain.train.data.source import BrokenImage
 
@@ -157,6 +165,12 @@ class StopAt(Callback):
             import signal
 
             signal.raise_signal(signal.SIGTERM)
+
+    def on_epoch(self, record: Any) -> None: ...
+
+    def on_checkpoint(self, path: Any) -> None: ...
+
+    def on_wait(self, reason: str | None) -> None: ...
 
 
 def trainer(run_dir: Path, objective: Any, group: int, *, callbacks: Any = (), epochs: int = 2) -> Trainer:

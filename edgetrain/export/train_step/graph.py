@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -45,8 +46,10 @@ class Graph:
         self._outputs: list[tuple[str, Value]] = []
         self._scope = ""
 
-    def __len__(self) -> int:
-        return len(self._nodes)
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        """What it is given."""
+        return tuple(self._inputs)
 
     @contextlib.contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -162,7 +165,7 @@ class Graph:
         nodes, needed = [], {value.name for _, value in self._outputs}
         for node in reversed(self._nodes):
             if needed.intersection(node.output):
-                nodes.append(node)
+                nodes.append(copy.deepcopy(node))  # they get other names below
                 needed.update(node.input)
         nodes.reverse()
         renamed = self._named_outputs(nodes)

@@ -3,7 +3,7 @@
 | file | holds |
 |---|---|
 | ``train_step.onnx`` | the planned step: images, labels, learning rate, state in; new state, loss, hits out |
-| ``accumulate.onnx``, ``update.onnx`` | in its place where the plan has micro-batches: a part of a batch; the update |
+| ``accumulate.onnx``, ``update.onnx`` | in its place where the plan has micro-batches: a part; the update |
 | ``eval.onnx`` | images and state in, logits out |
 | ``state.safetensors`` | weights and buffers to begin with; whatever else the state has begins with zeros |
 | ``plan.json`` | the plan that the graph follows |

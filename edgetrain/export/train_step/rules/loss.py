@@ -69,7 +69,7 @@ def _nll_loss_backward(
     if reduction == _NONE:
         gradient = graph.reshape(gradient, (n, 1))
     ends = graph.constant([0, -1], gradient.dtype)
-    depth = graph.constant([classes], np.int64)
+    depth = graph.constant(classes, np.int64)
     picked = graph.node("OneHot", [labels, depth, ends], (n, classes), gradient.dtype, axis=1)
     if weight is not None:
         weights = graph.node("Gather", [r.value(weight), labels], (n,), axis=0)

@@ -53,7 +53,7 @@ def _arange(r: Recorder, out: Tensor, *args: Any, **_: Any) -> Value:
     return r.graph.constant(np.arange(*args), dtype_of(out))
 
 
-@rule("clone", "_to_copy", "lift_fresh", "lift", "contiguous", "detach", "alias")
+@rule("clone", "to", "_to_copy", "lift_fresh", "lift", "contiguous", "detach", "alias")
 def _clone(r: Recorder, out: Tensor, a: Tensor, *_: Any, **__: Any) -> Value:
     return r.value(a)
 

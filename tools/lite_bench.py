@@ -1,0 +1,163 @@
+"""A training step with and without PyTorch: peak of the whole process, time to the first step, images per second.
+
+    python tools/lite_bench.py --json > docs/results/lite_cpu.json
+
+Each row is a process of its own, one after the other: PyTorch keeping everything, PyTorch with the plan, and the same
+two as exported steps in edgetrain.lite. Batches are random numbers. The time to the first step begins before the
+interpreter and ends with that step. With ``--cap`` the exported plan also runs where the process may have no more data
+than that (RLIMIT_DATA), and so does PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from environment import machine, versions
+
+from edgetrain.units import MIB, parse_size
+
+PLANS = ("keep_all", "invert")
+
+
+def main() -> None:
+    """Prints a table, or one JSON document."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="hybrid18")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cap", default="200MiB", help="of the data of a whole process")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        print(json.dumps(_worker(options)))
+        return
+    rows = list(_rows(options))
+    if options.json:
+        command = "python tools/lite_bench.py " + " ".join(sys.argv[1:])
+        print(json.dumps({"machine": machine(), "versions": versions(), "command": command, "seed": 0, "rows": rows}))
+        return
+    for row in rows:
+        print("  ".join(f"{key} {value}" for key, value in row.items()))
+
+
+def _rows(options: argparse.Namespace) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        for plan in PLANS:
+            _run(options, f"export:{plan}:{folder}/{plan}")
+        for runner in ("torch", "lite"):
+            for plan in PLANS:
+                yield {"runner": runner, "plan": plan} | _run(options, f"{runner}:{plan}:{folder}/{plan}")
+        cap = parse_size(options.cap)
+        for runner in ("torch", "lite"):
+            row = {"runner": runner, "plan": "invert", "cap_bytes": cap}
+            yield row | _run(options, f"{runner}:invert:{folder}/invert", cap=cap)
+
+
+def _run(options: argparse.Namespace, worker: str, *, cap: int | None = None) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--worker", worker, "--model", options.model]
+    for name in ("batch", "steps", "threads"):
+        command += [f"--{name}", str(getattr(options, name))]
+
+    def limit() -> None:
+        if cap is not None:
+            resource.setrlimit(resource.RLIMIT_DATA, (cap, cap))
+
+    began = time.time()
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    if done.returncode:
+        if cap is None:
+            raise SystemExit(done.stderr)
+        return {"ran": False, "error": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]}
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if "first" in result:
+        result["first_step_seconds"] = round(result.pop("first") - began, 3)
+    return {"ran": True} | result
+
+
+def _worker(options: argparse.Namespace) -> dict[str, Any]:
+    runner, plan, folder = options.worker.split(":", 2)
+    if runner == "export":
+        return _export(options, plan, Path(folder))
+    step = _torch_step(options, plan) if runner == "torch" else _lite_step(options, folder)
+    step()
+    first, seconds = time.time(), []
+    for _ in range(options.steps):
+        began = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - began)
+    status = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    return {
+        "first": first,
+        "images_per_second": round(options.batch / min(seconds), 2),
+        "step_seconds": round(min(seconds), 4),
+        "process_peak_bytes": peak,
+        "process_peak_mib": round(peak / MIB, 1),
+    }
+
+
+def _model(options: argparse.Namespace, plan: str) -> tuple[Any, Any]:
+    import torch
+
+    import edgetrain
+
+    torch.manual_seed(0)
+    torch.set_num_threads(options.threads)
+    model = edgetrain.create_model(options.model, num_classes=10)
+    return model, edgetrain.uniform_plan(
+        model, plan, input_shape=(3, 32, 32), batch_size=options.batch, update_in_backward=plan != "keep_all"
+    )
+
+
+def _export(options: argparse.Namespace, plan: str, folder: Path) -> dict[str, Any]:
+    from edgetrain.export.train_step.write import Data, export_train_step
+
+    model, made = _model(options, plan)
+    data = Data(tuple("0123456789"), (0.5,) * 3, (0.25,) * 3)
+    return {"nodes": export_train_step(model, made, folder, data=data).nodes}
+
+
+def _torch_step(options: argparse.Namespace, plan: str) -> Any:
+    import torch
+
+    import edgetrain
+    from edgetrain.train import Recipe
+
+    model, made = _model(options, plan)
+    make = Recipe().optimizer_for(model)
+    net = edgetrain.wrap(model.train(), made, optimizer=make)
+    last = None if net.optimizers else make(list(model.parameters()))
+    x, y = torch.randn(options.batch, 3, 32, 32), torch.randint(0, 10, (options.batch,))
+
+    def step() -> None:
+        torch.nn.functional.cross_entropy(net(x), y).backward()
+        if last is not None:
+            last.step()
+            last.zero_grad()
+
+    return step
+
+
+def _lite_step(options: argparse.Namespace, folder: str) -> Any:
+    import numpy as np
+
+    import edgetrain.lite
+
+    run, random = edgetrain.lite.load(folder, threads=options.threads), np.random.default_rng(0)
+    x = random.standard_normal((options.batch, 3, 32, 32), dtype=np.float32)
+    y = random.integers(0, 10, options.batch)
+    return lambda: run.step(x, y, 0.0)
+
+
+if __name__ == "__main__":
+    main()
