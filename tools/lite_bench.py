@@ -20,8 +20,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from environment import machine, versions
-
 from edgetrain.units import MIB, parse_size
 
 PLANS = ("keep_all", "invert")
@@ -43,6 +41,8 @@ def main() -> None:
         return
     rows = list(_rows(options))
     if options.json:
+        from environment import machine, versions  # imports PyTorch, which a worker must not
+
         command = "python tools/lite_bench.py " + " ".join(sys.argv[1:])
         print(json.dumps({"machine": machine(), "versions": versions(), "command": command, "seed": 0, "rows": rows}))
         return
