@@ -7,8 +7,8 @@ off and nodes run by priority, which without priorities is their order.
 A value's memory is free after its last reader only where ONNX Runtime does not plan to use it again for values of the
 same shape: such a place it holds until the last of them, which in a step that goes forward and back is nearly the whole
 step. So reuse by plan is off. A session's own arena grows by doubling and is off too. In its place the process has one
-arena, which takes from the system what a value needs and no more, and which all sessions share. Without any, every value
-is in fresh pages, and their faults take several times as long as the arithmetic.
+arena, which takes from the system what a value needs and no more, and which all sessions share. Without any, every
+value is in fresh pages, and their faults take several times as long as the arithmetic.
 """
 
 from __future__ import annotations
