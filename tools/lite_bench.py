@@ -3,7 +3,7 @@
     python tools/lite_bench.py --batch 32 --out docs/results/lite_cpu.json
 
 Each row is a process of its own, one after the other: PyTorch keeping everything, PyTorch with the plan, ONNX Runtime's
-training artifacts (SGD without momentum, the arena off), and the first two as exported steps in edgetrain.lite. Batches
+training artifacts (SGD without momentum; its arena off and on), and the first two as exported steps in edgetrain.lite. Batches
 are random numbers. The time to the first step begins before the interpreter and ends with that step. The exported plan
 also runs where the process may have no more data than ``--cap``, and so does PyTorch: RLIMIT_DATA, set before the
 interpreter starts, which counts the heap and private writable mappings but not the files of libraries.
@@ -21,12 +21,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from environment import publish
-
 from edgetrain.units import MIB, parse_size
 
 PLANS = ("keep_all", "invert")
-ORT_TRAINING = "ort-training"
+ORT_TRAINING, ORT_WITH_ARENA = "ort-training", "ort-training, arena"
 CLASSES = 10
 SHAPE = (3, 32, 32)
 
@@ -47,6 +45,8 @@ def main() -> None:
         print(json.dumps(_worker(options)))
         return
     rows = list(_rows(options))
+    from environment import publish  # imports torch, which most of the processes below must not
+
     settings = {name: getattr(options, name) for name in ("model", "batch", "steps", "threads")}
     publish(rows, out=options.out, as_json=options.json, seed=0, settings=settings)
     if not options.json:
@@ -59,9 +59,8 @@ def _rows(options: argparse.Namespace) -> Any:
         for plan in PLANS:
             _run(options, f"export:{plan}:{folder}/{plan}")
         _run(options, f"export:{ORT_TRAINING}:{folder}/{ORT_TRAINING}")
-        yield {"runner": ORT_TRAINING, "plan": "keep_all"} | _run(
-            options, f"{ORT_TRAINING}:keep_all:{folder}/{ORT_TRAINING}"
-        )
+        for runner in (ORT_TRAINING, ORT_WITH_ARENA):
+            yield {"runner": runner, "plan": "keep_all"} | _run(options, f"{runner}:keep_all:{folder}/{ORT_TRAINING}")
         for runner in ("torch", "lite"):
             for plan in PLANS:
                 yield {"runner": runner, "plan": plan} | _run(options, f"{runner}:{plan}:{folder}/{plan}")
@@ -169,10 +168,10 @@ def _array_step(options: argparse.Namespace, runner: str, folder: str) -> Any:
     random = np.random.default_rng(0)
     x = random.standard_normal((options.batch, *SHAPE), dtype=np.float32)
     y = random.integers(0, CLASSES, options.batch)
-    if runner == ORT_TRAINING:
+    if runner in (ORT_TRAINING, ORT_WITH_ARENA):
         from edgetrain.ort_steps import OrtSteps
 
-        steps = OrtSteps(folder, threads=options.threads)
+        steps = OrtSteps(folder, threads=options.threads, arena=runner == ORT_WITH_ARENA)
         return lambda: steps.step(x, y, rate=0.0)
     import edgetrain.lite
 
