@@ -3,10 +3,10 @@
     python tools/lite_bench.py --batch 32 --out docs/results/lite_cpu.json
 
 Each row is a process of its own, one after the other: PyTorch keeping everything, PyTorch with the plan, ONNX Runtime's
-training artifacts (SGD without momentum; its arena off and on), and the first two as exported steps in edgetrain.lite. Batches
-are random numbers. The time to the first step begins before the interpreter and ends with that step. The exported plan
-also runs where the process may have no more data than ``--cap``, and so does PyTorch: RLIMIT_DATA, set before the
-interpreter starts, which counts the heap and private writable mappings but not the files of libraries.
+training artifacts (SGD without momentum; its arena off and on), and the first two as exported steps in edgetrain.lite.
+Batches are random numbers. The time to the first step begins before the interpreter and ends with that step. The
+exported plan also runs where the process may have no more data than ``--cap``, and so does PyTorch: RLIMIT_DATA, set
+before the interpreter starts, which counts the heap and private writable mappings but not the files of libraries.
 """
 
 from __future__ import annotations
