@@ -1,11 +1,12 @@
 """A training step with and without PyTorch: peak of the whole process, time to the first step, images per second.
 
-    python tools/lite_bench.py --json > docs/results/lite_cpu.json
+    python tools/lite_bench.py --batch 32 --out docs/results/lite_cpu.json
 
-Each row is a process of its own, one after the other: PyTorch keeping everything, PyTorch with the plan, and the same
-two as exported steps in edgetrain.lite. Batches are random numbers. The time to the first step begins before the
-interpreter and ends with that step. With ``--cap`` the exported plan also runs where the process may have no more data
-than that (RLIMIT_DATA), and so does PyTorch.
+Each row is a process of its own, one after the other: PyTorch keeping everything, PyTorch with the plan, ONNX Runtime's
+training artifacts (SGD without momentum; its arena off and on), and the first two as exported steps in edgetrain.lite.
+Batches are random numbers. The time to the first step begins before the interpreter and ends with that step. The
+exported plan also runs where the process may have no more data than ``--cap``, and so does PyTorch: RLIMIT_DATA, set
+before the interpreter starts, which counts the heap and private writable mappings but not the files of libraries.
 """
 
 from __future__ import annotations
@@ -23,16 +24,20 @@ from typing import Any
 from edgetrain.units import MIB, parse_size
 
 PLANS = ("keep_all", "invert")
+ORT_TRAINING, ORT_WITH_ARENA = "ort-training", "ort-training, arena"
+CLASSES = 10
+SHAPE = (3, 32, 32)
 
 
 def main() -> None:
-    """Prints a table, or one JSON document."""
+    """Prints a row per process, or one JSON document."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="hybrid18")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cap", default="200MiB", help="of the data of a whole process")
+    parser.add_argument("--out", type=Path, help="file of the JSON document")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -40,20 +45,22 @@ def main() -> None:
         print(json.dumps(_worker(options)))
         return
     rows = list(_rows(options))
-    if options.json:
-        from environment import machine, versions  # imports PyTorch, which a worker must not
+    from environment import publish  # imports torch, which most of the processes below must not
 
-        command = "python tools/lite_bench.py " + " ".join(sys.argv[1:])
-        print(json.dumps({"machine": machine(), "versions": versions(), "command": command, "seed": 0, "rows": rows}))
-        return
-    for row in rows:
-        print("  ".join(f"{key} {value}" for key, value in row.items()))
+    settings = {name: getattr(options, name) for name in ("model", "batch", "steps", "threads")}
+    publish(rows, out=options.out, as_json=options.json, seed=0, settings=settings)
+    if not options.json:
+        for row in rows:
+            print("  ".join(f"{key} {value}" for key, value in row.items()))
 
 
 def _rows(options: argparse.Namespace) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         for plan in PLANS:
             _run(options, f"export:{plan}:{folder}/{plan}")
+        _run(options, f"export:{ORT_TRAINING}:{folder}/{ORT_TRAINING}")
+        for runner in (ORT_TRAINING, ORT_WITH_ARENA):
+            yield {"runner": runner, "plan": "keep_all"} | _run(options, f"{runner}:keep_all:{folder}/{ORT_TRAINING}")
         for runner in ("torch", "lite"):
             for plan in PLANS:
                 yield {"runner": runner, "plan": plan} | _run(options, f"{runner}:{plan}:{folder}/{plan}")
@@ -88,7 +95,7 @@ def _worker(options: argparse.Namespace) -> dict[str, Any]:
     runner, plan, folder = options.worker.split(":", 2)
     if runner == "export":
         return _export(options, plan, Path(folder))
-    step = _torch_step(options, plan) if runner == "torch" else _lite_step(options, folder)
+    step = _torch_step(options, plan) if runner == "torch" else _array_step(options, runner, folder)
     step()
     first, seconds = time.time(), []
     for _ in range(options.steps):
@@ -113,9 +120,11 @@ def _model(options: argparse.Namespace, plan: str) -> tuple[Any, Any]:
 
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
-    model = edgetrain.create_model(options.model, num_classes=10)
+    model = edgetrain.create_model(options.model, num_classes=CLASSES)
+    if plan == ORT_TRAINING:
+        return model, None
     return model, edgetrain.uniform_plan(
-        model, plan, input_shape=(3, 32, 32), batch_size=options.batch, update_in_backward=plan != "keep_all"
+        model, plan, input_shape=SHAPE, batch_size=options.batch, update_in_backward=plan != "keep_all"
     )
 
 
@@ -123,6 +132,11 @@ def _export(options: argparse.Namespace, plan: str, folder: Path) -> dict[str, A
     from edgetrain.export.train_step.write import Data, export_train_step
 
     model, made = _model(options, plan)
+    if plan == ORT_TRAINING:
+        from edgetrain.export import export_ort_training
+
+        export_ort_training(model, folder, input_shape=SHAPE, batch_size=options.batch, optimizer="sgd")
+        return {}
     data = Data(tuple("0123456789"), (0.5,) * 3, (0.25,) * 3)
     return {"nodes": export_train_step(model, made, folder, data=data).nodes}
 
@@ -137,7 +151,7 @@ def _torch_step(options: argparse.Namespace, plan: str) -> Any:
     make = Recipe().optimizer_for(model)
     net = edgetrain.wrap(model.train(), made, optimizer=make)
     last = None if net.optimizers else make(list(model.parameters()))
-    x, y = torch.randn(options.batch, 3, 32, 32), torch.randint(0, 10, (options.batch,))
+    x, y = torch.randn(options.batch, *SHAPE), torch.randint(0, CLASSES, (options.batch,))
 
     def step() -> None:
         torch.nn.functional.cross_entropy(net(x), y).backward()
@@ -148,14 +162,20 @@ def _torch_step(options: argparse.Namespace, plan: str) -> Any:
     return step
 
 
-def _lite_step(options: argparse.Namespace, folder: str) -> Any:
+def _array_step(options: argparse.Namespace, runner: str, folder: str) -> Any:
     import numpy as np
 
+    random = np.random.default_rng(0)
+    x = random.standard_normal((options.batch, *SHAPE), dtype=np.float32)
+    y = random.integers(0, CLASSES, options.batch)
+    if runner in (ORT_TRAINING, ORT_WITH_ARENA):
+        from edgetrain.ort_steps import OrtSteps
+
+        steps = OrtSteps(folder, threads=options.threads, arena=runner == ORT_WITH_ARENA)
+        return lambda: steps.step(x, y, rate=0.0)
     import edgetrain.lite
 
-    run, random = edgetrain.lite.load(folder, threads=options.threads), np.random.default_rng(0)
-    x = random.standard_normal((options.batch, 3, 32, 32), dtype=np.float32)
-    y = random.integers(0, 10, options.batch)
+    run = edgetrain.lite.load(folder, threads=options.threads)
     return lambda: run.step(x, y, 0.0)
 
 

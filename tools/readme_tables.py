@@ -22,7 +22,16 @@ PAGES = (
     ROOT / "README.md",
     *(
         ROOT / "docs" / name
-        for name in ("memory.md", "planning.md", "time.md", "engines.md", "dirac.md", "folding.md", "objectives.md")
+        for name in (
+            "memory.md",
+            "planning.md",
+            "time.md",
+            "engines.md",
+            "dirac.md",
+            "folding.md",
+            "objectives.md",
+            "lite.md",
+        )
     ),
 )
 
@@ -272,7 +281,30 @@ def objectives() -> str:
     return "\n".join([*lines, "", f"Batch {document['batch_size']}. {provenance(document)}"])
 
 
+def lite() -> str:
+    """A step with and without PyTorch."""
+    document = load("lite_cpu.json")
+    if document is None:
+        return "Not measured yet."
+    lines = [
+        "| runner | plan | limit of data | process peak | start to first step, s | step, s | images/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in document["rows"]:
+        cap = f"{row['cap_bytes'] / MIB:.0f} MiB" if "cap_bytes" in row else ""
+        found = "did not run | | | |"
+        if row["ran"]:
+            found = (
+                f"{row['process_peak_bytes'] / MIB:.0f} MiB | {row['first_step_seconds']:.1f} | "
+                f"{row['step_seconds']:.2f} | {row['images_per_second']:.1f} |"
+            )
+        lines.append(f"| {row['runner']} | {row['plan']} | {cap} | {found}")
+    settings = document["settings"]
+    return "\n".join([*lines, "", f"{settings['model']}, batch {settings['batch']}. {provenance(document)}"])
+
+
 TABLES = {
+    "lite": lite,
     "memory": memory,
     "prediction": prediction,
     "time": time,

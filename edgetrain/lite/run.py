@@ -16,7 +16,7 @@ import numpy.typing as npt
 from edgetrain.array_file import ArrayFile
 from edgetrain.errors import DataError, StorageError, TrainingError
 from edgetrain.files import file_sha256, write_atomically
-from edgetrain.lite.runtime import Session
+from edgetrain.lite.runtime import Session, return_large_blocks
 from edgetrain.lite.state import GRADIENT, LAST, PREVIOUS, read_arrays, read_manifest, restore, save
 from edgetrain.train.data import ArrayLoader, Source, open_source
 from edgetrain.train.records import EpochRecord, Position
@@ -53,6 +53,7 @@ class LiteRun:
     """
 
     def __init__(self, folder: Path, *, threads: int | None, providers: Sequence[str] | None) -> None:
+        return_large_blocks()
         self.folder, self.manifest = folder, read_manifest(folder)
         self._options: dict[str, Any] = {"threads": threads, "providers": providers}
         for name, digest in self._digests():
