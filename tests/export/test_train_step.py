@@ -11,6 +11,7 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 from torch import nn
+from train_steps import SHAPE, State, batches_of, graph_steps, sgd, small, start_of, torch_steps, worst
 
 import edgetrain
 from edgetrain.errors import ExportError
@@ -18,7 +19,6 @@ from edgetrain.export.train_step.optimizers import SGD, AdamW
 from edgetrain.export.train_step.record import StepGraph, record_step, record_update
 from edgetrain.train.objectives import CrossEntropy
 from edgetrain.train.recipe import Recipe
-from tests.export.train_steps import SHAPE, State, batches_of, graph_steps, sgd, small, start_of, torch_steps, worst
 
 RATE = 0.05
 EXACT = 1e-10

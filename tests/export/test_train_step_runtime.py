@@ -10,23 +10,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from train_steps import batches_of, exported, sgd, small, start_of, torch_steps, worst
 
 import edgetrain
 import edgetrain.lite
 from edgetrain.errors import ModelError, StorageError
 from edgetrain.export.train_step.optimizers import SGD
-from edgetrain.export.train_step.write import Data, export_train_step
 from edgetrain.lite.runtime import Session, onnxruntime
-from tests.export.train_steps import SHAPE, batches_of, sgd, small, start_of, torch_steps, worst
 
-DATA = Data(tuple("0123456789"), (0.5,) * 3, (0.25,) * 3)
 STEPS = 20
-
-
-def exported(model: nn.Module, mode: Any, path: Path, *, n: int = 4, **options: Any) -> Any:
-    plan = edgetrain.uniform_plan(model, mode, input_shape=SHAPE, batch_size=n)
-    export_train_step(model, plan, path, data=DATA, **options)
-    return plan
 
 
 @pytest.mark.parametrize(

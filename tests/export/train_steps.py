@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import networks
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -13,10 +15,11 @@ from torch import Tensor, nn
 import edgetrain
 from edgetrain.export.train_step.optimizers import SGD
 from edgetrain.export.train_step.record import StepGraph, state_of
+from edgetrain.export.train_step.write import Data, export_train_step
 from edgetrain.planner import Plan
-from tests import networks
 
 SHAPE = (3, 8, 8)
+DATA = Data(tuple("0123456789"), (0.5,) * 3, (0.25,) * 3)
 State = dict[str, np.ndarray[Any, Any]]
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 
@@ -113,3 +116,10 @@ def worst(found: State, expected: State) -> float:
         for name, value in expected.items()
         if name in found
     )
+
+
+def exported(model: nn.Module, mode: Any, path: Path, *, n: int = 4, **options: Any) -> Any:
+    """Writes the step of a uniform plan of ``n`` samples to ``path``; gives the plan."""
+    plan = edgetrain.uniform_plan(model, mode, input_shape=SHAPE, batch_size=n)
+    export_train_step(model, plan, path, data=DATA, **options)
+    return plan

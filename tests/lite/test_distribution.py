@@ -14,8 +14,9 @@ import pytest
 from sklearn.datasets import load_digits
 
 from edgetrain.train import Recipe
-from tests.export.test_train_step_runtime import exported
-from tests.export.train_steps import small
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "export"))
+from train_steps import exported, small
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPENDENCIES = ("numpy", "onnxruntime", "PIL")

@@ -19,8 +19,9 @@ from edgetrain.errors import DataError, StorageError
 from edgetrain.lite.__main__ import main
 from edgetrain.train import Recipe, load_weights
 from edgetrain.train.data.arrays import ArraySource, open_archive
-from tests.export.test_train_step_runtime import exported
-from tests.export.train_steps import small
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "export"))
+from train_steps import exported, small
 
 SHADES = 96
 """Images, of two classes that differ in brightness; enough for a few batches."""
