@@ -171,8 +171,10 @@ def train_capped(
             guest=beside,
         )
         how, smaller = next(iter(plans), None), plans[1:]
-    elif budget_bytes is not None:  # made here, as making them takes memory
-        smaller = fallbacks(make_model, how, recipe=recipe, input_shape=input_shape, objective=objective)
+    elif budget_bytes is not None:
+        # a mode that was asked for is kept: what planning leaves free in the heap would break the cap; the plans that
+        # follow another are made here, as making them takes memory
+        smaller = [] if isinstance(how, str) else fallbacks(make_model, how, recipe=recipe, objective=objective)
     if how is None:
         assert budget_bytes is not None
         raise BudgetError(

@@ -112,21 +112,14 @@ def planned(
 
 def fallbacks(
     make_model: Callable[[], nn.Module],
-    given: UniformMode | Plan,
+    plan: Plan,
     *,
     recipe: Recipe,
-    input_shape: tuple[int, int, int],
     objective: Objective | None = None,
 ) -> list[Plan]:
-    """Smaller plans to fall back on from the plan, or the mode of all blocks, that was ``given``.
-
-    Args:
-        input_shape: (c, h, w).
-    """
+    """Smaller plans to fall back on from ``plan``, which was given."""
     torch.manual_seed(recipe.seed)
-    model, plan = make_model(), given
-    if isinstance(plan, str):
-        plan = uniform_plan(model, plan, input_shape=input_shape, batch_size=recipe.batch_size)
+    model = make_model()
     optimizer, loss, group = recipe.optimizer_for(model), rehearsal_of(objective), group_of(objective)
     planner = planner_like(model, plan, optimizer=optimizer, loss=loss, group=group)
     plans = list(smaller_plans(planner, plan))
