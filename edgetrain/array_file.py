@@ -16,8 +16,9 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from edgetrain.errors import StorageError
 from edgetrain.files import write_atomically
@@ -145,7 +146,7 @@ class ArrayFile:
                 rest = rest[count:]
 
 
-def _read_header(file: IO[bytes], size: int) -> tuple[dict[str, Any], int]:
+def _read_header(file: BufferedReader, size: int) -> tuple[dict[str, Any], int]:
     """The header as a value, and where the tensors' bytes start."""
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
@@ -155,12 +156,12 @@ def _read_header(file: IO[bytes], size: int) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _digest(file: IO[bytes], start: int, stored: str) -> str:
+def _digest(file: BufferedReader, start: int, stored: str) -> str:
     """What the digest should be; read in pieces of 1 MiB."""
     file.seek(0)
     found = hashlib.sha256(file.read(start).replace(stored.encode(), _NO_DIGEST.encode(), 1))
     buffer = bytearray(MIB)
-    while count := file.readinto(buffer):  # type: ignore[attr-defined]
+    while count := file.readinto(buffer):
         found.update(memoryview(buffer)[:count])
     return found.hexdigest()
 

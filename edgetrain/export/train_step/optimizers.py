@@ -110,13 +110,14 @@ class AdamW:
 
     def update(self, step: Step, weight: Value, gradient: Value, state: dict[str, Value], *, decayed: bool) -> Updated:
         r, one = step.recorder, step.recorder.number(1, weight.dtype)
-        assert step.number is not None
+        count = step.number
+        assert count is not None
 
         def number(value: float) -> Value:
             return r.number(value, weight.dtype)
 
         def correction(beta: float) -> Value:
-            return binary(r, "Sub", one, binary(r, "Pow", number(beta), step.number))  # type: ignore[arg-type]
+            return binary(r, "Sub", one, binary(r, "Pow", number(beta), count))
 
         first, second = state["exp_avg"], state["exp_avg_sq"]
         square = binary(r, "Mul", binary(r, "Mul", gradient, gradient), number(1 - self.beta2))
