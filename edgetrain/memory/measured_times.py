@@ -2,7 +2,8 @@
 
 Every kind of block runs every instruction that it allows, on random data, through the executor's own code
 (:mod:`edgetrain.memory.stopwatch`). After a warm-up, rounds over all kinds follow until the time is up, and the least
-of each instruction's times counts: whatever else runs on the machine only ever adds to them.
+of each instruction's times counts: whatever else runs on the machine only ever adds to them. Where it took a tenth of
+the processors' time or more, the result says so.
 
 The batch is that of the step unless it does not fit, or would not leave time for the warm-up and a round. Then it is
 the largest that does, 16 at least where they fit, and the seconds of all instructions but the optimiser's are continued
@@ -33,8 +34,10 @@ from edgetrain.memory.times import BlockTimes, Times
 from edgetrain.nn.invertible import Invertible
 from edgetrain.runtime.offload import can_be_rounded
 from edgetrain.targets import select_target
+from edgetrain.targets.other_work import others_share, processor_ticks
 
 MEASURED = "measured on this machine"
+_QUIET = 0.1  # part of the processors' time, above which what is measured depends on who else runs
 _FEW = 4  # samples of the first pass, which finds how large a batch can be
 _LEAST = 16  # samples that are worth the time: with fewer, torch takes other algorithms for convolutions on a CPU
 _ROUNDS = 1, 12  # at least and at most, after the warm-up
@@ -85,13 +88,16 @@ def measured_times(
         clock: what is read around an instruction. ``time.process_time`` where the machine is busy with other work:
             processor seconds, which are seconds of a step on a CPU with one thread.
 
+    Returns:
+        Seconds; ``source`` names the share of the processors that other work took, where that was a tenth or more.
+
     Raises:
         UsageError: an unknown optimiser, or a batch of nobody.
         ModelError: the model does not take the input.
     """
     if batch_size < 1:
         raise UsageError(found=f"a batch of {batch_size}", expected="one sample at least", action="pass batch_size=1")
-    began = time.perf_counter()
+    began, ticks = time.perf_counter(), processor_ticks()
     original = model if isinstance(model, nn.Module) else model()
     device = next((p.device for p in original.parameters()), torch.device("cpu"))
     if memory_bytes is None:
@@ -105,7 +111,7 @@ def measured_times(
         n = course.largest_batch(batch_size, memory_bytes, budget_s)
         course.begin(Sample.of(torch.empty(n, *input_shape, dtype=dtype, device=device)))
         course.measure(until=began + budget_s)
-        return course.times(batch_size)
+        return course.times(batch_size, source=_source(others_share(ticks, processor_ticks())))
 
 
 class _Course:
@@ -171,7 +177,7 @@ class _Course:
                 self._run(kind)
             self._head = min(self._head, head_seconds(self._of_block[-1].y, self._loss, self._clock))
 
-    def times(self, batch_size: int) -> Times:
+    def times(self, batch_size: int, *, source: str) -> Times:
         """What was found, continued to ``batch_size``."""
         samples = [self._of_block[0].x, *(kind.y for kind in self._of_block)]
         scale = batch_size / samples[0].shape[0]
@@ -183,7 +189,7 @@ class _Course:
             head=self._head * scale,
             copy_bytes_per_s=copy_rate(largest, "host", self._clock),
             rounding_bytes_per_s=math.inf if rounded is None else copy_rate(rounded, "bfloat16", self._clock),
-            source=MEASURED,
+            source=source,
             shapes=self._chain.shapes((batch_size, *samples[0].shape[1:])),
             element_bytes=tuple(sample.dtype.itemsize for sample in samples),
         )
@@ -195,6 +201,13 @@ class _Course:
             for step, seconds in zip(sequence, taken, strict=True):
                 name = _name(step)
                 kind.seconds[name] = min(seconds, kind.seconds.get(name, seconds))
+
+
+def _source(others: float | None) -> str:
+    """Where the times come from, with a warning if other work took ``others`` of the processors meanwhile."""
+    if others is None or others < _QUIET:
+        return MEASURED
+    return f"{MEASURED} while other work took {others:.0%} of its processors: too long, measure again when it is idle"
 
 
 def _name(step: Step) -> str:
