@@ -30,7 +30,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cap", default="200MiB", help="of the whole process")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=4, help="of digits")
+    parser.add_argument("--cifar-epochs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cifar", type=Path, help="folder with CIFAR-10 as train.parquet and test.parquet")
     parser.add_argument("--train", type=int, default=4000, help="images of CIFAR-10")
@@ -42,7 +43,7 @@ def main() -> None:
         rows = list(_rows(options, Path(folder)))
     from environment import publish
 
-    names = ("cap", "batch", "epochs", "threads", "train", "test")
+    names = ("cap", "batch", "epochs", "cifar_epochs", "threads", "train", "test")
     settings = {"model": MODEL} | {name: getattr(options, name) for name in names}
     publish(rows, out=options.out, as_json=options.json, seed=SEED, settings=settings)
     if not options.json:
@@ -51,18 +52,21 @@ def main() -> None:
 
 
 def _rows(options: argparse.Namespace, folder: Path) -> Any:
-    sets = [("digits", _digits(folder / "digits.npz"), 16)]
+    sets = [("digits", _digits(folder / "digits.npz"), 16, options.epochs)]
     if options.cifar is not None:
-        sets.append(("cifar10", _cifar(options, folder / "cifar10"), 32))
-    for name, data, size in sets:
+        sets.append(("cifar10", _cifar(options, folder / "cifar10"), 32, options.cifar_epochs))
+    for name, data, size, epochs in sets:
         step = folder / f"step-{name}"
-        _export(options, data, step, size)
-        shared = ["--data", str(data), "--epochs", str(options.epochs), "--quiet", "--json"]
+        _export(options, step, size, epochs)
+        shared = ["--data", str(data), "--epochs", str(epochs), "--quiet", "--json"]
         torch = ["-m", "edgetrain.cli.main", "train", *shared, "--model", MODEL, "--mode", "invert"]
         torch += ["--batch-size", str(options.batch), "--image-size", str(size), "--out", str(folder / f"run-{name}")]
         lite = ["-m", "edgetrain.lite", str(step), *shared, "--threads", str(options.threads)]
+        if name == "digits":
+            lite.append("--plain")  # a mirrored digit is another one
         for runner, words in (("torch", torch), ("lite", lite)):
-            yield {"data": name, "image_size": size, "runner": runner} | _run(words, parse_size(options.cap))
+            row = {"data": name, "image_size": size, "epochs": epochs, "runner": runner}
+            yield row | _run(words, parse_size(options.cap))
 
 
 def _run(words: list[str], cap_bytes: int) -> dict[str, Any]:
@@ -123,7 +127,7 @@ def _cifar(options: argparse.Namespace, folder: Path) -> Path:
     return folder
 
 
-def _export(options: argparse.Namespace, data: Path, step: Path, size: int) -> None:
+def _export(options: argparse.Namespace, step: Path, size: int, epochs: int) -> None:
     """In a process of its own, as PyTorch stays in one that has imported it."""
     code = f"""
 import torch, edgetrain
@@ -134,7 +138,7 @@ model = edgetrain.create_model({MODEL!r}, num_classes=10)
 shape, batch = (3, {size}, {size}), {options.batch}
 plan = edgetrain.uniform_plan(model, "invert", input_shape=shape, batch_size=batch, update_in_backward=True)
 data = Data(tuple("0123456789"), (0.5,) * 3, (0.25,) * 3, {SEED})
-export_train_step(model, plan, {str(step)!r}, data=data, recipe=Recipe(epochs={options.epochs}, batch_size=batch))
+export_train_step(model, plan, {str(step)!r}, data=data, recipe=Recipe(epochs={epochs}, batch_size=batch))
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -310,8 +310,8 @@ def lite_cap() -> str:
     if document is None:
         return "Not measured yet."
     lines = [
-        "| data | runner | loss, first epoch | last | test accuracy | process peak |",
-        "|---|---|---|---|---|---|",
+        "| data | epochs | runner | loss, first epoch | last | test accuracy | process peak |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in document["rows"]:
         found = "did not start | | | |"
@@ -320,9 +320,12 @@ def lite_cap() -> str:
                 f"{row['loss_first_epoch']:.2f} | {row['loss_last_epoch']:.2f} | {row['test_accuracy']:.1%} | "
                 f"{row['process_peak_bytes'] / MIB:.0f} MiB |"
             )
-        lines.append(f"| {row['data']} {row['image_size']}x{row['image_size']} | {row['runner']} | {found}")
+        data = f"{row['data']} {row['image_size']}x{row['image_size']}"
+        lines.append(f"| {data} | {row['epochs']} | {row['runner']} | {found}")
     settings = document["settings"]
-    about = f"{settings['model']}, batch {settings['batch']}, {settings['epochs']} epochs, cap {settings['cap']}."
+    about = (
+        f"{settings['model']}, batch {settings['batch']}, cap {settings['cap']}; CIFAR-10: {settings['train']} images."
+    )
     return "\n".join([*lines, "", f"{about} {provenance(document)}"])
 
 

@@ -160,7 +160,7 @@ def test_digits_train_inside_200_mib_for_everything(tmp_path: Path) -> None:
     np.savez(tmp_path / "digits.npz", **parts)
     model = edgetrain.create_model("hybrid18", num_classes=10)
     plan = edgetrain.uniform_plan(model, "invert", input_shape=(3, 16, 16), batch_size=32, update_in_backward=True)
-    export_train_step(model, plan, tmp_path / "step", data=DATA, recipe=Recipe(epochs=2, batch_size=32))
+    export_train_step(model, plan, tmp_path / "step", data=DATA, recipe=Recipe(epochs=4, batch_size=32))
     words = [sys.executable, "-m", "edgetrain.lite", tmp_path / "step", "--data", tmp_path / "digits.npz"]
     words += ["--budget", "200MiB", "--threads", "1", "--plain", "--json"]
     done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=500)
