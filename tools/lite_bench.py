@@ -2,11 +2,13 @@
 
     python tools/lite_bench.py --batch 32 --out docs/results/lite_cpu.json
 
-Each row is a process of its own, one after the other: PyTorch keeping everything, PyTorch with the plan, ONNX Runtime's
-training artifacts (SGD without momentum; its arena off and on), and the first two as exported steps in edgetrain.lite.
-Batches are random numbers. The time to the first step begins before the interpreter and ends with that step. The
-exported plan also runs where the process may have no more data than ``--cap``, and so does PyTorch: RLIMIT_DATA, set
-before the interpreter starts, which counts the heap and private writable mappings but not the files of libraries.
+Each row is a process of its own, one after the other: PyTorch keeping everything, PyTorch with the plan, both as
+exported steps in edgetrain.lite, and ONNX Runtime's training artifacts (SGD without momentum; its arena off and on).
+Batches are random numbers. The time to the first step begins before the interpreter and ends with that step. All of it
+is done ``--repeats`` times in turn; a row has the medians, the highest peak, and the median of the ratios to the step
+of PyTorch with the same plan in the same turn. The exported plan also runs where the process may have no more data than
+``--cap``, and so does PyTorch: RLIMIT_DATA, set before the interpreter starts, which counts the heap and private
+writable mappings but not the files of libraries.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,6 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from edgetrain.lite.budget import one_thread_for_blas
 from edgetrain.units import MIB, parse_size
 
 PLANS = ("keep_all", "invert")
@@ -35,6 +39,7 @@ def main() -> None:
     parser.add_argument("--model", default="hybrid18")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3, help="turns; medians are shown")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cap", default="200MiB", help="of the data of a whole process")
     parser.add_argument("--out", type=Path, help="file of the JSON document")
@@ -47,7 +52,7 @@ def main() -> None:
     rows = list(_rows(options))
     from environment import publish  # imports torch, which most of the processes below must not
 
-    settings = {name: getattr(options, name) for name in ("model", "batch", "steps", "threads")}
+    settings = {name: getattr(options, name) for name in ("model", "batch", "steps", "repeats", "threads")}
     publish(rows, out=options.out, as_json=options.json, seed=0, settings=settings)
     if not options.json:
         for row in rows:
@@ -59,15 +64,38 @@ def _rows(options: argparse.Namespace) -> Any:
         for plan in PLANS:
             _run(options, f"export:{plan}:{folder}/{plan}")
         _run(options, f"export:{ORT_TRAINING}:{folder}/{ORT_TRAINING}")
-        for runner in (ORT_TRAINING, ORT_WITH_ARENA):
-            yield {"runner": runner, "plan": "keep_all"} | _run(options, f"{runner}:keep_all:{folder}/{ORT_TRAINING}")
-        for runner in ("torch", "lite"):
-            for plan in PLANS:
-                yield {"runner": runner, "plan": plan} | _run(options, f"{runner}:{plan}:{folder}/{plan}")
-        cap = parse_size(options.cap)
-        for runner in ("torch", "lite"):
-            row = {"runner": runner, "plan": "invert", "cap_bytes": cap}
-            yield row | _run(options, f"{runner}:invert:{folder}/invert", cap=cap)
+        turns = [list(_turn(options, folder)) for _ in range(options.repeats)]
+    for rows in zip(*turns, strict=True):
+        yield _median(rows)
+
+
+def _turn(options: argparse.Namespace, folder: str) -> Any:
+    """A row per process, without a cap and then with it."""
+    seconds: dict[str, float] = {}
+    for runner, plan in (("torch", PLANS[0]), ("torch", PLANS[1]), ("lite", PLANS[0]), ("lite", PLANS[1])):
+        row = {"runner": runner, "plan": plan} | _run(options, f"{runner}:{plan}:{folder}/{plan}")
+        own = seconds.setdefault(plan, row["step_seconds"])  # PyTorch's
+        yield row | {"times_torch": row["step_seconds"] / own}
+    for runner in (ORT_TRAINING, ORT_WITH_ARENA):
+        row = _run(options, f"{runner}:keep_all:{folder}/{ORT_TRAINING}")
+        times = row["step_seconds"] / seconds["keep_all"]
+        yield {"runner": runner, "plan": "keep_all"} | row | {"times_torch": times}
+    cap = parse_size(options.cap)
+    for runner in ("torch", "lite"):
+        row = {"runner": runner, "plan": "invert", "cap_bytes": cap}
+        yield row | _run(options, f"{runner}:invert:{folder}/invert", cap=cap)
+
+
+def _median(rows: Any) -> dict[str, Any]:
+    """One row of several turns; it ran where all of them did."""
+    failed = [row for row in rows if not row["ran"]]
+    if failed:
+        return dict(failed[0])
+    shared = {key: value for key, value in rows[0].items() if not isinstance(value, float)}
+    medians = {key: statistics.median(row[key] for row in rows) for key in rows[0] if isinstance(rows[0][key], float)}
+    highest = {"process_peak_bytes": max(row["process_peak_bytes"] for row in rows)}
+    mib = round(highest["process_peak_bytes"] / MIB, 1)
+    return shared | {key: round(value, 4) for key, value in medians.items()} | highest | {"process_peak_mib": mib}
 
 
 def _run(options: argparse.Namespace, worker: str, *, cap: int | None = None) -> dict[str, Any]:
@@ -163,6 +191,7 @@ def _torch_step(options: argparse.Namespace, plan: str) -> Any:
 
 
 def _array_step(options: argparse.Namespace, runner: str, folder: str) -> Any:
+    one_thread_for_blas()  # as the command line of edgetrain.lite does
     import numpy as np
 
     random = np.random.default_rng(0)

@@ -72,7 +72,7 @@ def fold(model: nn.Module) -> Plain:
     """
     if isinstance(model, Plain):
         return model
-    root = _copy(model).eval().requires_grad_(False)
+    root = copied(model).eval().requires_grad_(False)
     origins: dict[str, tuple[str, ...]] = {name: (name,) for name in _tensor_names(root)}
     done = fold_parametrisations(root, origins)
     root, plain = _plain(root)
@@ -88,7 +88,7 @@ def fold(model: nn.Module) -> Plain:
     return _finished(draft)
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module) -> nn.Module:
     """A copy that shares nothing; tensors that older parametrisations left behind are copied without their graph."""
     attributes = [value for module in model.modules() for value in module.__dict__.values()]
     memo: dict[int, Any] = {

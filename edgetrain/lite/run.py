@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.array_file import ArrayFile
-from edgetrain.errors import DataError, StorageError, TrainingError
+from edgetrain.errors import DataError, ExportError, StorageError, TrainingError
 from edgetrain.files import file_sha256, write_atomically
 from edgetrain.lite.runtime import Session, return_large_blocks
 from edgetrain.lite.state import GRADIENT, LAST, PREVIOUS, read_arrays, read_manifest, restore, save
@@ -153,6 +153,34 @@ class LiteRun:
         session.run({"images": padded, **self.state}, {"logits": logits})
         return logits[: len(images)]
 
+    def export(self, path: str | Path) -> float:
+        """Writes the folded inference model of the state to ``path``: pixels 0..1 in, logits out.
+
+        Returns:
+            The largest difference of a logit from those of the state, relative to the largest.
+
+        Raises:
+            ExportError: the folds of this network could not be exported, or the state holds what is no number.
+        """
+        from edgetrain.lite.inference import write_inference
+
+        about = self.manifest.get("inference", {"refused": "it was exported by an earlier release"})
+        if "refused" in about:
+            raise ExportError(
+                found=f"{self.folder} has no inference model: {about['refused']}",
+                expected="an export with one",
+                action="export the run again; or load the checkpoint where PyTorch is, and export from there",
+            )
+        return write_inference(self, self._session("fold.onnx"), Path(path))
+
+    def restore(self, run_dir: str | Path) -> None:
+        """Takes the state of the newest good checkpoint in ``run_dir``.
+
+        Raises:
+            StorageError: there is none, or it is of another network.
+        """
+        self._position, self.history = restore(Path(run_dir) / "checkpoints", self.state)
+
     def evaluate(self, data: str | Path | Source | Arrays, *, split: Any = "test") -> float:
         """Accuracy on ``data``, 0..1."""
         return self._accuracy(self._loader(self._source(data, split), training=False))
@@ -252,7 +280,7 @@ class LiteRun:
 
     def _begin(self, checkpoint: Path, *, resume: bool) -> None:
         if resume:
-            self._position, self.history = restore(checkpoint.parent, self.state)
+            self.restore(checkpoint.parent.parent)
             return
         for name in (LAST, PREVIOUS):
             checkpoint.with_name(name).unlink(missing_ok=True)
@@ -266,6 +294,9 @@ class LiteRun:
         write_atomically(checkpoint.parent.parent / "metrics.jsonl", lines.encode())
 
     def _digests(self) -> Iterable[tuple[str, str]]:
+        inference = self.manifest.get("inference", {})
+        if "file" in inference:
+            yield inference["file"], inference["sha256"]
         yield self.manifest["state"]["file"], self.manifest["state"]["sha256"]
         yield from ((name, graph["sha256"]) for name, graph in self.manifest["graphs"].items())
 

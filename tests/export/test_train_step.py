@@ -48,6 +48,7 @@ CASES = [
     ("residual", "keep_all"),
     ("residual", "selective"),
     ("residual", "recompute"),
+    ("wide", "recompute"),
 ]
 
 

@@ -23,7 +23,13 @@ STEPS = 20
 
 @pytest.mark.parametrize(
     ("name", "mode"),
-    [("residual", "keep_all"), ("residual", "recompute"), ("irevnet", "invert"), ("hybrid", "invert_layerwise")],
+    [
+        ("wide", "keep_all"),
+        ("residual", "keep_all"),
+        ("residual", "recompute"),
+        ("irevnet", "invert"),
+        ("hybrid", "invert_layerwise"),
+    ],
 )
 def test_after_twenty_steps_the_state_is_that_of_the_executor(name: str, mode: Any, tmp_path: Path) -> None:
     """Relative difference in the Euclidean norm of each tensor; a small rate, at which float32 does not diverge."""

@@ -43,6 +43,17 @@ def small(name: str, **options: Any) -> nn.Module:
             nn.Flatten(),
             nn.Linear(8, 10),
         )
+    if name == "wide":  # more filters than pixels, with strides, groups and a bias
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2, padding=1),
+            nn.LeakyReLU(0.1),
+            nn.Conv2d(8, 48, 3, stride=2, padding=1),  # groups besides: the reference evaluator fails at the gradient
+            nn.LeakyReLU(0.1),
+            nn.Conv2d(48, 24, 3, padding=1, groups=2, bias=False),
+            nn.Conv2d(24, 24, 2, padding=2, dilation=2),
+            nn.Flatten(),
+            nn.Linear(24 * 16, 10),
+        )
     return edgetrain.create_model(name, num_classes=10)
 
 

@@ -10,18 +10,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
 import edgetrain
 import edgetrain.lite
 from edgetrain.cli.main import app
-from edgetrain.errors import DataError, StorageError
+from edgetrain.errors import BudgetError, DataError, ExportError, StorageError
+from edgetrain.export import export_onnx
+from edgetrain.export.describe import About
+from edgetrain.export.images import Normalisation
+from edgetrain.export.train_step.write import export_train_step
+from edgetrain.export.verify import open_session, run_session
 from edgetrain.lite.__main__ import main
 from edgetrain.train import Recipe, load_weights
 from edgetrain.train.data.arrays import ArraySource, open_archive
+from edgetrain.units import MIB
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "export"))
-from train_steps import exported, small
+from train_steps import DATA, exported, small
 
 SHADES = 96
 """Images, of two classes that differ in brightness; enough for a few batches."""
@@ -91,6 +98,80 @@ def test_pytorch_reads_the_checkpoint(step: Path, tmp_path: Path) -> None:
     load_weights(tmp_path / "run" / "checkpoints" / "last.safetensors", model)
     for name, value in model.state_dict().items():
         assert np.array_equal(value.numpy(), run.state[f"model.{name}"])
+
+
+def test_the_inference_model_is_the_one_that_pytorch_would_export(step: Path, tmp_path: Path) -> None:
+    """Of the same weights, after training; nothing of the file but its weights has changed."""
+    import onnx
+
+    run, path = edgetrain.lite.load(step), tmp_path / "inference.onnx"
+    run.fit(shades(), epochs=2, run_dir=tmp_path / "run")
+    assert run.export(path) < 1e-5
+    model = small("irevnet")
+    load_weights(tmp_path / "run" / "checkpoints" / "last.safetensors", model)
+    about = About(normalisation=Normalisation((0.5,) * 3, (0.25,) * 3))
+    export_onnx(model, tmp_path / "torch.onnx", input_shape=(3, 8, 8), about=about)
+    pixels = np.random.default_rng(3).random((5, 3, 8, 8), dtype=np.float32)
+    found, expected, before = (
+        run_session(open_session(file), pixels) for file in (path, tmp_path / "torch.onnx", step / "inference.onnx")
+    )
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+    assert np.abs(before - expected).max() > 0.1 * np.abs(expected).max(), "the weights have not moved"
+    assert path.stat().st_size == (step / "inference.onnx").stat().st_size
+    onnx.checker.check_model(onnx.load(path), full_check=True)
+
+
+def test_a_state_that_is_no_number_gives_no_inference_model(step: Path, tmp_path: Path) -> None:
+    run = edgetrain.lite.load(step)
+    run.state["model.stem.weight"][0] = np.nan
+    with pytest.raises(ExportError, match="away from the state"):
+        run.export(tmp_path / "inference.onnx")
+    assert not (tmp_path / "inference.onnx").exists()
+
+
+def test_the_command_line_writes_the_inference_model_of_a_run(
+    step: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = edgetrain.lite.load(step)
+    run.fit(shades(), epochs=1, run_dir=tmp_path / "run")
+    run.export(tmp_path / "expected.onnx")
+    words = [str(step), "--out", str(tmp_path / "run"), "--inference", str(tmp_path / "found.onnx"), "--json"]
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["difference"] < 1e-5
+    assert (tmp_path / "found.onnx").read_bytes() == (tmp_path / "expected.onnx").read_bytes()
+
+
+def test_a_budget_that_is_too_small_is_said_with_what_to_do(step: Path, tmp_path: Path) -> None:
+    """It holds for the whole process, so even the libraries do not fit."""
+    np.savez(tmp_path / "shades.npz", images=shades()[0], labels=shades()[1])
+    words = [sys.executable, "-m", "edgetrain.lite", str(step), "--data", str(tmp_path / "shades.npz")]
+    done = subprocess.run([*words, "--budget", "60MiB"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == BudgetError.exit_code, done.stderr
+    assert "more than 60.0 MiB" in done.stderr
+    assert "raise --budget" in done.stderr
+
+
+@pytest.mark.slow
+def test_digits_train_inside_200_mib_for_everything(tmp_path: Path) -> None:
+    """hybrid18 at batch 32; PyTorch does not start there."""
+    digits = load_digits()
+    images, labels = (digits.images * 15.9).astype(np.uint8), digits.target.astype(np.int64)
+    parts = {"images": images[300:], "labels": labels[300:], "test_images": images[:300], "test_labels": labels[:300]}
+    np.savez(tmp_path / "digits.npz", **parts)
+    model = edgetrain.create_model("hybrid18", num_classes=10)
+    plan = edgetrain.uniform_plan(model, "invert", input_shape=(3, 16, 16), batch_size=32, update_in_backward=True)
+    export_train_step(model, plan, tmp_path / "step", data=DATA, recipe=Recipe(epochs=4, batch_size=32))
+    words = [sys.executable, "-m", "edgetrain.lite", tmp_path / "step", "--data", tmp_path / "digits.npz"]
+    words += ["--budget", "200MiB", "--threads", "1", "--plain", "--json"]
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["history"][-1]["test_accuracy"] > 0.9
+    assert result["peak_bytes"] < 200 * MIB  # with the pages of libraries, which the limit does not count
+
+    code = f"import resource; resource.setrlimit(resource.RLIMIT_DATA, ({200 * MIB},) * 2); import torch"
+    started = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert started.returncode != 0
 
 
 def test_a_checkpoint_of_another_export_is_refused(step: Path, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ class Affine:
         scale: (c,) of a batch norm; otherwise shaped as it is broadcast over ``x``, as ``shift``.
         sources: names of the parameters and buffers they were computed from.
         batch_norm: whether it is one.
+        shifts: whether it has a shift, whatever its values; a factor has none.
     """
 
     x: torch.fx.Node
@@ -38,6 +39,7 @@ class Affine:
     shift: Tensor
     sources: tuple[str, ...]
     batch_norm: bool
+    shifts: bool = True
 
     def per_channel(self, layer: Weighted, channels: int) -> tuple[Tensor, Tensor] | None:
         """``(scale, shift)``, each (channels,), next to ``layer``; None where it is no map per channel there."""
@@ -117,7 +119,8 @@ def _of_arithmetic(draft: Draft, node: torch.fx.Node) -> Affine | None:
     if name == "sub" and left is not None:
         scale = -one
     sources = tuple(str(part.target) for part in node.args if draft.tensor(part) is not None)  # type: ignore[union-attr]
-    return Affine(x, scale, shift, sources, False) if isinstance(x, torch.fx.Node) else None
+    shifts = name in ("add", "sub")
+    return Affine(x, scale, shift, sources, False, shifts) if isinstance(x, torch.fx.Node) else None
 
 
 def _constant(draft: Draft, part: object) -> Tensor | None:

@@ -65,5 +65,5 @@ def _reason(draft: Draft, node: torch.fx.Node, layer: Weighted, affine: Affine) 
     vectors = affine.per_channel(layer, channels_in(layer))
     if vectors is None:
         return f"it is no map per channel of {node.target}'s {channels_in(layer)} inputs"
-    border = border_reason(layer, vectors[1])
+    border = border_reason(layer, vectors[1]) if affine.shifts else None
     return None if border is None else f"{node.target} {border}"

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from edgetrain.chain.fakes import NeedsDataError
 from edgetrain.export.folds.draft import Weighted
 
 
@@ -28,6 +29,14 @@ def channels_in(layer: Weighted) -> int:
     return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
 
 
+def shifts(shift: Tensor) -> bool:
+    """Whether ``shift`` is not zero everywhere; one without data is some value or other, and not zero."""
+    try:
+        return bool((shift != 0).any())
+    except NeedsDataError:
+        return True
+
+
 def map_output(layer: Weighted, scale: Tensor, shift: Tensor) -> None:
     """``layer`` becomes ``scale * layer + shift``, both (out,) in float64."""
     weight, outputs = _grouped(layer)
@@ -35,7 +44,7 @@ def map_output(layer: Weighted, scale: Tensor, shift: Tensor) -> None:
     shape[0], shape[outputs] = weight.shape[0], weight.shape[outputs]
     scale, shift = scale.to(weight), shift.to(weight)
     _set_weight(layer, weight * scale.reshape(shape))
-    if layer.bias is not None or bool((shift != 0).any()):
+    if layer.bias is not None or shifts(shift):
         _set_bias(layer, _bias(layer) * scale + shift)
 
 
@@ -46,7 +55,7 @@ def map_input(layer: Weighted, scale: Tensor, shift: Tensor) -> None:
     shape = [1] * weight.dim()
     shape[0], shape[inputs] = weight.shape[0], weight.shape[inputs]
     scale, shift = scale.to(weight), shift.to(weight)
-    if bool((shift != 0).any()):
+    if shifts(shift):
         summed = [axis for axis in range(1, weight.dim()) if axis != outputs]
         _set_bias(layer, _bias(layer) + (weight * shift.reshape(shape)).sum(summed).reshape(-1))
     _set_weight(layer, weight * scale.reshape(shape))
@@ -61,14 +70,14 @@ def add_diagonal(layer: Weighted, scale: Tensor, shift: Tensor) -> None:
     else:
         nn.init.dirac_(delta, layer.groups)
     scale, shift = scale.to(weight), shift.to(weight)
-    if bool((shift != 0).any()):
+    if shifts(shift):
         _set_bias(layer, _bias(layer) + shift)
     _set_weight(layer, weight + delta * scale.reshape(-1, *[1] * (weight.dim() - 1)))
 
 
 def border_reason(layer: Weighted, shift: Tensor) -> str | None:
     """Why a shift of the input cannot go into ``layer``: its border would see another one."""
-    if isinstance(layer, nn.Linear) or not bool((shift != 0).any()):
+    if isinstance(layer, nn.Linear) or not shifts(shift):
         return None
     if layer.transposed:
         return "is a transposed convolution, whose outputs do not all sum over the same taps"

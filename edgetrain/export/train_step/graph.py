@@ -51,6 +51,11 @@ class Graph:
         """What it is given."""
         return tuple(self._inputs)
 
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """What it hands out."""
+        return tuple(name for name, _ in self._outputs)
+
     @contextlib.contextmanager
     def scope(self, name: str) -> Iterator[None]:
         """Inside, the names of nodes begin with ``name``."""

@@ -99,7 +99,7 @@ def record_step(
         stepper.declare(dtype_of(images))
         blocks = chain_of(fake.model).blocks
         execution = _Recorded(recorder, program, blocks, update=lambda i: stepper.step(blocks[i].module.parameters()))
-        with recorder, _told(recorder):
+        with recorder, saying_where(recorder):
             loss, correct = _run(recorder, execution, images, labels, objective, plan.micro_batches)
             with recorder.doing("update"):
                 stepper.step(fake.model.parameters())
@@ -148,7 +148,7 @@ def record_evaluation(
         images = torch.empty(tuple(shape), dtype=dtype)
         recorder.bind(images, graph.input("images", images.shape, dtype_of(images)))
         _bind_state(recorder, fake)
-        with recorder, _told(recorder), recorder.doing("evaluation"):
+        with recorder, saying_where(recorder), recorder.doing("evaluation"):
             logits = fake.model(images)
         graph.output("logits", recorder.value(logits))
     return StepGraph(graph, tuple(fake.names), ())
@@ -311,8 +311,8 @@ def _changed(recorder: Recorder, fake: _Fake, stepper: _Stepper) -> dict[str, Va
 
 
 @contextlib.contextmanager
-def _told(recorder: Recorder) -> Iterator[None]:
-    """Inside, what fails for want of data says where."""
+def saying_where(recorder: Recorder) -> Iterator[None]:
+    """Inside, what fails for want of data is an ExportError that says where."""
     try:
         yield
     except NeedsDataError as error:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from edgetrain.chain.fakes import FakeTensor
 from edgetrain.errors import ExportError
@@ -89,7 +89,7 @@ class Recorder(TorchDispatchMode):
             repeated: as in :meth:`Storage.read`.
         """
         if not isinstance(tensor, FakeTensor) and not self._is_known(tensor):
-            return self.graph.constant(_plain(tensor).numpy())
+            return self.graph.constant(_array(tensor))
         return self._storage(tensor).read(_place(tensor), repeated=repeated)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -103,13 +103,16 @@ class Recorder(TorchDispatchMode):
                 result = decomposition_table[func](*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        before = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+        given, mutable = _tensors((args, kwargs)), func._schema.is_mutable
+        if given and not mutable and not any(isinstance(t, FakeTensor) or self._is_known(t) for t in given):
+            with _disable_current_modes():
+                return func(*args, **kwargs)  # constants of the program
+        before = {t.untyped_storage()._cdata for t in given}
         result = func(*args, **kwargs)
         outs = _tensors(result)
-        mutable = func._schema.is_mutable
         if not mutable and outs and all(t.untyped_storage()._cdata in before for t in outs) and name not in WRITING:
             return result  # views
-        if not any(isinstance(t, FakeTensor) for t in (*outs, *_tensors((args, kwargs)))):
+        if not any(isinstance(t, FakeTensor) for t in (*outs, *given)):
             return result  # numbers of the program
         if function is None:
             raise self._refused(func, "no rule says how to write it with standard ONNX operators")
@@ -194,8 +197,9 @@ def dtype_of(tensor: Tensor) -> Any:
     return np.dtype(_DTYPES[tensor.dtype])
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu()
+def _array(tensor: Tensor) -> Any:
+    with _disable_current_modes():  # which would give memory without data
+        return tensor.detach().cpu().numpy().copy()
 
 
 def _place(tensor: Tensor) -> Place:

@@ -5,6 +5,8 @@
 | ``train_step.onnx`` | the planned step: images, labels, learning rate, state in; new state, loss, hits out |
 | ``accumulate.onnx``, ``update.onnx`` | in its place where the plan has micro-batches: a part; the update |
 | ``eval.onnx`` | images and state in, logits out |
+| ``inference.onnx`` | the folded network; pixels 0..1 in, logits out |
+| ``fold.onnx`` | state in, the weights of the folded network out |
 | ``state.safetensors`` | weights and buffers to begin with; whatever else the state has begins with zeros |
 | ``plan.json`` | the plan that the graph follows |
 | ``manifest.json`` | names, shapes, digests, recipe: all that a runner has to know |
@@ -23,7 +25,9 @@ from typing import Any
 
 from torch import nn
 
-from edgetrain.errors import ExportError
+from edgetrain.errors import ExportError, ModelError
+from edgetrain.export.images import Normalisation
+from edgetrain.export.train_step.inference import make_inference
 from edgetrain.export.train_step.optimizers import SGD, OptimizerSpec
 from edgetrain.export.train_step.record import (
     GRADIENT,
@@ -44,6 +48,7 @@ from edgetrain.train.tensor_file import write_tensor_file
 FORMAT_VERSION = 1
 MANIFEST, STATE, PLAN, EVALUATION = "manifest.json", "state.safetensors", "plan.json", "eval.onnx"
 STEP, ACCUMULATE, UPDATE = "train_step.onnx", "accumulate.onnx", "update.onnx"
+INFERENCE, FOLDING = "inference.onnx", "fold.onnx"
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,9 @@ class TrainStepExport:
 
     def __str__(self) -> str:
         graphs = ", ".join(f"{name} ({count} nodes)" for name, count in self.nodes.items())
-        return f"{self.path}: {graphs}, opset {self.manifest['opset']}, {self.manifest['optimizer']['name']}"
+        text = f"{self.path}: {graphs}, opset {self.manifest['opset']}, {self.manifest['optimizer']['name']}"
+        refused = self.manifest["inference"].get("refused")
+        return text if refused is None else f"{text}\nno inference model: {refused}"
 
 
 def export_train_step(
@@ -93,6 +100,8 @@ def export_train_step(
     opset: int = 17,
 ) -> TrainStepExport:
     """Writes the training step of ``plan`` into the directory ``path``; it is whole or absent.
+
+    Where the folds of the network cannot be written down, the manifest says why and the rest is written.
 
     Args:
         model: for which ``plan`` was made, with the weights to begin with; left alone.
@@ -116,6 +125,7 @@ def export_train_step(
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         target = Path(folder) / "whole"
         target.mkdir()
+        inference = _inference(model, graphs, data, (shape[0], shape[1], shape[2]), opset, target)
         files, nodes = {}, {}
         for file, graph in graphs.items():
             onnx = graph.graph.model(file.removesuffix(".onnx"))
@@ -145,6 +155,7 @@ def export_train_step(
             "zeros": _zeros(graphs, state),
             "state": {"file": STATE, "sha256": file_sha256(target / STATE)},
             "graphs": files,
+            "inference": inference,
         }
         write_atomically(target / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
         if path.exists():
@@ -163,6 +174,26 @@ def _graphs(
         ACCUMULATE: record_step(model, plan, objective=objective, optimizer=None, opset=opset),
         UPDATE: record_update(model, optimizer=optimizer, opset=opset),
     }
+
+
+def _inference(
+    model: nn.Module,
+    graphs: dict[str, StepGraph],
+    data: Data,
+    shape: tuple[int, int, int],
+    opset: int,
+    target: Path,
+) -> dict[str, Any]:
+    """Writes the folded network into ``target`` and adds the graph of its weights; gives what the manifest says."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        try:
+            made = make_inference(model, shape, Normalisation(data.mean, data.std), opset=opset, folder=Path(folder))
+        except (ExportError, ModelError) as error:
+            return {"refused": error.found}
+    graphs[FOLDING] = made.folding
+    write_atomically(target / INFERENCE, made.model)
+    digest = file_sha256(target / INFERENCE)
+    return {"file": INFERENCE, "sha256": digest, "offsets": made.offsets, "bound": made.bound}
 
 
 def _zeros(graphs: dict[str, StepGraph], state: dict[str, Any]) -> dict[str, Sequence[int]]:
