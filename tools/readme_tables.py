@@ -31,6 +31,7 @@ PAGES = (
             "folding.md",
             "objectives.md",
             "lite.md",
+            "finetune.md",
         )
     ),
 )
@@ -329,7 +330,42 @@ def lite_cap() -> str:
     return "\n".join([*lines, "", f"{about} {provenance(document)}"])
 
 
+def finetune() -> str:
+    """Fine-tuning inside a cap against keeping everything, seed by seed."""
+    document = load("finetune_cpu.json")
+    if document is None:
+        return "Not measured yet."
+    lines = [
+        "| seed | | accuracy | macro-F1 | peak of the run | step, predicted | cap |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in document["rows"]:
+        cap = "none" if row["budget_bytes"] is None else f"{row['budget_bytes'] / MIB:.0f} MiB, enforced"
+        sizes = f"{row['peak_bytes'] / MIB:.0f} MiB | {row['planned_bytes'] / MIB:.0f} MiB"
+        lines.append(
+            f"| {row['seed']} | {row['label']} | {row['accuracy']:.2%} | {row['macro_f1']:.2%} | {sizes} | {cap} |"
+        )
+    differences = []
+    for key, name in (("accuracy", "accuracy"), ("macro_f1", "macro-F1")):
+        found = document["summary"][key]
+        error = found["standard_error_points"]
+        spread = "" if error is None else f" (standard error {error:.2f})"
+        differences.append(f"{found['difference_points']:+.2f} points of {name}{spread}")
+    row = document["rows"][0]
+    shape = "x".join(map(str, row["input_shape"]))
+    about = [
+        f"Inside the cap less keeping everything: {', '.join(differences)}; gradients of a step differ by "
+        f"{document['gradient_difference']:.0e} of their norm.",
+        f"{document['model']}, batch {row['batch_size']} of {shape}, {row['epochs']} epochs; {row['images']['train']} "
+        f"photographs to train on, {row['images']['test']} to test on, of which {document['largest_class']:.1%} are of "
+        f"the largest class; after {document['pretrained']['images']} images of {document['pretrained']['data']}.",
+        provenance(document),
+    ]
+    return "\n".join([*lines, "", *about])
+
+
 TABLES = {
+    "finetune": finetune,
     "lite": lite,
     "lite-cap": lite_cap,
     "memory": memory,

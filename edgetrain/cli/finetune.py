@@ -33,11 +33,15 @@ def finetune(
         str, typer.Option(help="live: statistics of each batch; fixed: the learned ones, unchanged.")
     ] = "live",
     balance: Annotated[
-        str, typer.Option(help="Rare classes: sampling (drawn as often), loss (weighted), or none.")
-    ] = "sampling",
+        str,
+        typer.Option(help="Rare classes: sampling (drawn as often), root (by the root of their number), loss, none."),
+    ] = "root",
     holdout: Annotated[
         float, typer.Option(help="Part of each class to test on, where the data have no test split.")
     ] = 0.2,
+    cutout: Annotated[
+        bool, typer.Option(help="Set a square of each training image to the mean: it may cover what is looked for.")
+    ] = False,
     epochs: Annotated[int, typer.Option(min=1)] = 30,
     batch_size: Annotated[int, typer.Option(min=2)] = 32,
     mode: Annotated[str, typer.Option(help="planned, or one mode for all blocks, as of edgetrain train.")] = PLANNED,
@@ -69,7 +73,7 @@ def finetune(
     check_mode(mode)
     check_rate(learning_rate)
     _check_choice("--batch-norm", batch_norm, ["live", "fixed"])
-    _check_choice("--balance", balance, ["sampling", "loss", "none"])
+    _check_choice("--balance", balance, ["sampling", "root", "loss", "none"])
     learned = objective_options.objective_record(
         objective,
         label_smoothing=label_smoothing,
@@ -98,6 +102,7 @@ def finetune(
         batch_norm=batch_norm,
         balance=balance,
         holdout=holdout,
+        cutout=cutout,
         epochs=epochs,
         batch_size=batch_size,
         mode=mode,

@@ -13,7 +13,7 @@ from edgetrain.cli.export import run_export
 from edgetrain.cli.finetune_text import class_table, price_table, print_wide
 from edgetrain.cli.objective_options import set_up
 from edgetrain.cli.origin import Adapted, Origin, find_origin, fitted_shape, head_of
-from edgetrain.cli.train import PLANNED, default_image_size, read_plan, show_result
+from edgetrain.cli.train import PLANNED, default_image_size, first_image, read_plan, show_result
 from edgetrain.cli.trained import network_maker
 from edgetrain.cli.training import Job, run_job
 from edgetrain.errors import EdgetrainError, UsageError
@@ -21,12 +21,18 @@ from edgetrain.files import write_atomically
 from edgetrain.planner import Plan, UniformMode
 from edgetrain.train import Recipe, Throttle
 from edgetrain.train.data import channel_statistics, open_divided
-from edgetrain.train.data.balance import balancing_weights
+from edgetrain.train.data.balance import Balance, balancing_weights
 from edgetrain.train.data.holdout import Divided
 from edgetrain.train.metrics import Confusion, confusion
 from edgetrain.train.prices import Price, offered_choices, prices
 from edgetrain.train.run_record import Finetuning, ObjectiveRecord, RunRecord, Training
 from edgetrain.units import format_mib
+
+_DRAWN: dict[str, Balance] = {"sampling": "equal", "root": "root"}
+"""``--balance`` -> how the classes are drawn."""
+
+_COARSE = 2.0
+"""Reduction from which details are worth a word."""
 
 OBJECTIVES = ("cross-entropy", "distillation", "attention-transfer")
 
@@ -62,6 +68,7 @@ def prepare(
     batch_norm: str,
     balance: str,
     holdout: float,
+    cutout: bool,
     epochs: int,
     batch_size: int,
     mode: str,
@@ -113,6 +120,7 @@ def prepare(
             batch_norm=cast(Any, batch_norm),
             balance=cast(Any, balance),
             holdout=holdout,
+            cutout=cutout,
             device=device,
             export=export,
         ),
@@ -162,10 +170,21 @@ def announce(run: Finetune, *, budget_bytes: int | None, reserve_bytes: int | No
         f"{record.model} from {how.source}: {head}",
         f"{len(divided.train)} images to train on, {len(divided.test)} to test on{held_out}; {budget}",
         *teacher,
+        _reduction(divided, record.input_shape),
         f"a step of {job.recipe.batch_size} images of {shape}, batch norm {how.batch_norm}, takes:",
         price_table(run.prices, chosen=how.trained, budget_bytes=budget_bytes),
         stderr=True,
     )
+
+
+def _reduction(divided: Divided, input_shape: tuple[int, int, int]) -> str:
+    """What becomes of the details of the photographs, told by the first of them."""
+    height, width = first_image(divided.train).shape[:2]
+    factor = max(height / input_shape[1], width / input_shape[2])
+    told = f"a photograph of {width}x{height} pixels becomes {input_shape[2]}x{input_shape[1]}"
+    if factor < _COARSE:
+        return told
+    return f"{told}: details of less than {factor:.0f} pixels are lost, --image-size N keeps more"
 
 
 def run_finetuning(
@@ -254,7 +273,8 @@ def _job(
         divided.test,
         chosen,
         setup=setup,
-        balanced=balance == "sampling",
+        balanced=_DRAWN.get(balance),
+        cutout=record.finetuning.cutout,
     )
 
 

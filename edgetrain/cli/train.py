@@ -396,11 +396,11 @@ def check_activations(plan: Plan, make_model: Callable[[], nn.Module]) -> None:
 
 def default_image_size(source: Any) -> int:
     """Side of the first readable image, rounded up to a multiple of 8 (three poolings halve it), 16 to 64."""
-    height, width = _first_image(source).shape[:2]
+    height, width = first_image(source).shape[:2]
     return max(16, -(-min(max(height, width), 64) // 8) * 8)
 
 
-def _first_image(source: Any) -> Any:
+def first_image(source: Any) -> Any:
     """The first image that is not broken; raises BrokenImage where all are."""
     from edgetrain.train.data import BrokenImage
 

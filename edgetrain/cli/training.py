@@ -18,6 +18,7 @@ from edgetrain.targets.pressure import PressureGauge
 from edgetrain.train import Recipe, Throttle
 from edgetrain.train.capped import CappedRun, Watch, train_capped
 from edgetrain.train.data import Loader, Source, decoding_bytes, sample_images
+from edgetrain.train.data.balance import Balance
 from edgetrain.train.run_record import RunRecord
 from edgetrain.train.tensorboard import with_tensorboard
 from edgetrain.train.trial import EVALUATION_BATCH_SIZE
@@ -33,7 +34,8 @@ class Job:
         source: training images; ``test_source``: None for none.
         chosen: a mode for all blocks or a plan; None: the fastest plan that fits.
         setup: what is learnt; None: cross-entropy.
-        balanced: whether every class is drawn equally often.
+        balanced: how rare classes are drawn more often; None: they are not.
+        cutout: whether augmentation sets a square of each image to the mean.
     """
 
     make_model: Callable[[], nn.Module]
@@ -44,7 +46,8 @@ class Job:
     chosen: UniformMode | Plan | None
     update_in_backward: bool = False
     setup: ObjectiveSetup | None = None
-    balanced: bool = False
+    balanced: Balance | None = None
+    cutout: bool = True
 
     def batches(self) -> Loader:
         """The training data."""
@@ -69,7 +72,8 @@ class Job:
             mean=self.record.mean,
             std=self.record.std,
             order=None if setup is None else setup.order,
-            balanced=training and self.balanced,
+            balanced=self.balanced if training else None,
+            cutout=self.cutout,
         )
 
 

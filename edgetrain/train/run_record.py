@@ -80,6 +80,7 @@ class Finetuning(BaseModel):
         made_for: classes for which the network is made, before its head is replaced.
         head: path of the layer that makes the logits; ``new_head``: whether another took its place.
         trained, batch_norm, balance, holdout: as ``--train``, ``--batch-norm``, ``--balance``, ``--holdout``.
+        cutout: as ``--cutout``; runs of older versions had it.
         device: profile that was named, for which the result is exported; ``export``: whether it is.
     """
 
@@ -91,8 +92,9 @@ class Finetuning(BaseModel):
     new_head: bool
     trained: str
     batch_norm: Literal["live", "fixed"]
-    balance: Literal["sampling", "loss", "none"]
+    balance: Literal["sampling", "root", "loss", "none"]
     holdout: float = Field(gt=0, lt=1)
+    cutout: bool = True
     device: str | None
     export: bool
 

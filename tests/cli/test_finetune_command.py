@@ -18,6 +18,8 @@ from edgetrain.cli.main import run
 from edgetrain.cli.trained import load_run
 from edgetrain.models import create_model
 from edgetrain.train import InterruptedRunError, Trainer
+from edgetrain.train.data.augment import Choice, choose
+from edgetrain.train.run_record import RunRecord
 
 SIDE = 16
 
@@ -61,6 +63,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_run_with_another_head(data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = finetuned(capsys, "--from", trained, "--data", data, "--epochs", "3", "--out", tmp_path)
     assert result["images"] == {"train": 53, "test": 13, "held_out": True}
+    assert result["finetuning"]["balance"] == "root"
     assert result["input_shape"] == [1, SIDE, SIDE]  # of the run: colour becomes grey
     assert result["classes"] == ["dark", "grey", "white"]
     assert result["finetuning"]["head"] == "head.linear"
@@ -79,6 +82,30 @@ def test_a_run_with_another_head(data: Path, trained: Path, tmp_path: Path, caps
     assert load_run(tmp_path).model(torch.zeros(2, 1, SIDE, SIDE)).shape == (2, 3)
 
 
+def test_nothing_is_cut_out_unless_asked_for(
+    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut: list[bool] = []
+
+    def noted(indices: Any, *, cutout: bool, **options: Any) -> Choice:
+        cut.append(cutout)
+        return choose(indices, cutout=cutout, **options)
+
+    monkeypatch.setattr("edgetrain.train.data.loader.choose", noted)
+    given = ["--from", trained, "--data", data, "--train", "head", "--epochs", "1", "--no-export"]
+    for options, expected in (([], False), (["--cutout"], True)):
+        result = finetuned(capsys, *given, *options, "--out", tmp_path / str(expected))
+        assert result["finetuning"]["cutout"] is expected
+        assert cut
+        assert set(cut) == {expected}
+        cut.clear()
+    told = json.loads((tmp_path / "False" / "run.json").read_text())
+    del told["finetuning"]["cutout"]  # as a version that always had it
+    record = RunRecord.model_validate(told)
+    assert record.finetuning is not None
+    assert record.finetuning.cutout
+
+
 def test_only_the_head_is_trained(
     data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,7 +121,7 @@ def test_only_the_head_is_trained(
 @pytest.mark.parametrize(
     "options",
     [
-        ["--train", "last:3", "--balance", "sampling"],
+        ["--train", "last:3", "--balance", "root", "--cutout"],
         pytest.param(["--train", "bias-norm", "--batch-norm", "fixed", "--balance", "loss"], marks=pytest.mark.slow),
     ],
 )
@@ -162,6 +189,7 @@ def test_says_what_it_is_going_to_do(
     out, err = capsys.readouterr()
     assert "new head head.linear for 3 classes" in err
     assert "53 images to train on, 13 to test on, 20% of each class held out" in err
+    assert "a photograph of 48x40 pixels becomes 16x16: details of less than 3 pixels are lost, --image-size" in err
     assert "> last:2" in err
     assert "macro-F1" in out
     assert "-> white" in out
@@ -175,7 +203,7 @@ def test_says_what_it_is_going_to_do(
         (["--train", "last:99"], "a network with"),
         (["--train", "heads"], "all, last:K, head or bias-norm"),
         (["--batch-norm", "frozen"], "one of live, fixed"),
-        (["--balance", "weights"], "one of sampling, loss, none"),
+        (["--balance", "weights"], "one of sampling, root, loss, none"),
         (["--holdout", "2"], "between 0 and 1"),
         (["--out", "SOURCE"], "another directory"),
     ],

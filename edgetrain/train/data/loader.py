@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from edgetrain.errors import DataError, UsageError
 from edgetrain.train.data.augment import augment_image, choose
-from edgetrain.train.data.balance import balanced_draws
+from edgetrain.train.data.balance import Balance, balanced_draws
 from edgetrain.train.data.fit import ImageSize, check_image_size
 from edgetrain.train.data.groups import Order
 from edgetrain.train.data.normalise import check_statistic, normalised, normalised_array
@@ -43,12 +43,12 @@ class ArrayLoader:
 
     Args:
         image_size: (c, h, w) to which every image is brought.
-        augment: crop, mirror and cutout, see ``augment.py``.
+        augment: crop, mirror and cutout, see ``augment.py``; ``cutout`` False leaves the last one out.
         drop_last: leave out a last batch that is smaller.
         mean, std: per channel on the scale 0..1, as ``channel_statistics`` gives them; None leaves 0..1.
         flip: whether augmentation mirrors; None asks the source (digits are not mirrored).
         order: of the images, in groups that stay together; None: each image once, as ``shuffle`` says.
-        balanced: whether every class is drawn equally often, see ``balance.py``; only where it is shuffled.
+        balanced: how rare classes are drawn more often, see ``balance.py``, where it is shuffled; None: they are not.
 
     Attributes:
         broken: (path, reason) of the broken images met in this pass, or in the last one.
@@ -75,7 +75,8 @@ class ArrayLoader:
         std: npt.ArrayLike | None = None,
         flip: bool | None = None,
         order: Order | None = None,
-        balanced: bool = False,
+        balanced: Balance | None = None,
+        cutout: bool = True,
     ) -> None:
         check_image_size(image_size)
         _check_least("batch size", batch_size, 1)
@@ -101,6 +102,7 @@ class ArrayLoader:
         self.indices: Any = None
         self.broken: list[tuple[str, str]] = []
         self._augment = augment
+        self._cutout = cutout
         self._shuffle = shuffle
         self._balanced = balanced
         self._seed = seed
@@ -154,8 +156,8 @@ class ArrayLoader:
         if not self._shuffle:
             return np.arange(len(self.source), dtype=np.int64)
         rng = np.random.default_rng((self._seed, epoch))
-        if self._balanced:
-            return balanced_draws(self.source.labels, rng=rng)
+        if self._balanced is not None:
+            return balanced_draws(self.source.labels, rng=rng, balance=self._balanced)
         return rng.permutation(np.arange(len(self.source), dtype=np.int64))
 
     def _build(self, epoch: int, job: tuple[int, Indices], stop: threading.Event) -> _Raw | None:
@@ -172,7 +174,9 @@ class ArrayLoader:
         resume_at = 0  # place of the first image after a group that lost one
         choice = None
         if self._augment:
-            choice = choose(draws, size=(height, width), seed=self._seed, epoch=epoch, flip=self._flip)
+            choice = choose(
+                draws, size=(height, width), seed=self._seed, epoch=epoch, flip=self._flip, cutout=self._cutout
+            )
         for k, index in enumerate((draws % len(self.source)).tolist()):
             if stop.is_set():
                 return None

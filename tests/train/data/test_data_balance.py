@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -30,7 +32,7 @@ class Numbered:
         return np.roll(ramp, index, axis=0)
 
 
-def loader(source: Numbered | None = None, **options: bool) -> Loader:
+def loader(source: Numbered | None = None, **options: Any) -> Loader:
     return Loader(
         source or Numbered(),
         batch_size=10,
@@ -38,7 +40,7 @@ def loader(source: Numbered | None = None, **options: bool) -> Loader:
         shuffle=True,
         seed=3,
         drop_last=False,
-        **{"augment": True, "balanced": True, **options},
+        **{"augment": True, "balanced": "equal", **options},
     )
 
 
@@ -59,6 +61,23 @@ def test_classes_of_one_size_are_drawn_once_each() -> None:
     assert sorted(balanced_draws(labels, rng=np.random.default_rng(0)).tolist()) == list(range(40))
 
 
+def test_by_the_root_of_their_number() -> None:
+    labels = np.repeat([0, 1, 2], [64, 16, 4])  # roots 8, 4, 2: 84 draws are 48, 24 and 12
+    draws = balanced_draws(labels, rng=np.random.default_rng(0), balance="root")
+    images, times = draws % 84, draws // 84
+    assert np.bincount(labels[images]).tolist() == [48, 24, 12]
+    assert len(set(draws.tolist())) == 84
+    assert np.bincount(images, minlength=84)[:64].max() == 1  # of a common class, no image twice
+    assert np.bincount(images)[80:].tolist() == [3, 3, 3, 3]
+    assert times[images >= 80].max() == 2
+
+
+def test_shares_that_are_not_whole_go_to_the_largest_remainders() -> None:
+    labels = np.repeat([0, 1], [7, 3])  # 10 sqrt(7) / (sqrt(7) + sqrt(3)) = 6.04
+    drawn = labels[balanced_draws(labels, rng=np.random.default_rng(0), balance="root") % 10]
+    assert np.bincount(drawn).tolist() == [6, 4]
+
+
 def test_a_pass_is_repeated_and_entered_in_its_middle() -> None:
     whole, again, other = loader(), loader(), loader()
     for each, epoch in ((whole, 4), (again, 4), (other, 5)):
@@ -77,7 +96,7 @@ def test_an_image_drawn_again_is_augmented_otherwise() -> None:
 
 
 def test_without_balancing_nothing_changes() -> None:
-    plain = torch.cat([labels for _, labels in loader(balanced=False)])
+    plain = torch.cat([labels for _, labels in loader(balanced=None)])
     assert torch.bincount(plain).tolist() == [50, 9, 2]
 
 

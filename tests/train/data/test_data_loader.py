@@ -240,3 +240,20 @@ def _file_backed_bytes() -> int:
     if not hasattr(info, "shared"):
         pytest.skip("this system does not tell file-backed memory from the rest")
     return info.shared
+
+
+def test_without_cutout_an_image_of_one_grey_stays_as_it_is():
+    class Grey:
+        name, classes, channels, labels = "grey", ("a", "b"), 1, np.arange(20) % 2
+
+        def __len__(self) -> int:
+            return 20
+
+        def decode(self, index: int) -> np.ndarray:
+            return np.full((16, 16, 1), 200, np.uint8)
+
+    given = {"image_size": (1, 16, 16), "mean": [0.1], "std": [1.0]}
+    whole = torch.cat([images for images, _ in loader(Grey(), cutout=False, **given)])
+    assert whole.unique().numel() == 1
+    holes = torch.cat([images for images, _ in loader(Grey(), **given)])
+    assert holes.unique().numel() == 2  # the grey, and the mean that fills the square
