@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgetrain.targets.jetson import Tegra, find_tegra, gpu_used_bytes
+from edgetrain.targets.ledger import Ledger, read_ledger
 from edgetrain.targets.memory import HostMemory, select_target
 from edgetrain.targets.proc import ROOT, host_memory
 
@@ -61,6 +62,7 @@ class Host:
         cpu: name of the CPU; None: the kernel does not say.
         cpus: logical CPUs that this process may use.
         memory: MemTotal and MemAvailable.
+        ledger: what the memory is divided into.
         tegra: the board, where it is a Tegra.
         gpu_used_bytes: ``NvMapMemUsed``, where the kernel has it.
         nvml: GPUs as NVML sees them.
@@ -73,6 +75,7 @@ class Host:
     cpu: str | None
     cpus: int
     memory: HostMemory
+    ledger: Ledger
     tegra: Tegra | None
     gpu_used_bytes: int | None
     nvml: tuple[NvmlGpu, ...]
@@ -90,6 +93,7 @@ def probe_host(root: Path = ROOT) -> Host:
         cpu=cpu_name(root),
         cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory=host_memory(root),
+        ledger=read_ledger(root),
         tegra=find_tegra(root),
         gpu_used_bytes=gpu_used_bytes(root),
         nvml=nvml,

@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
-import torch
+from dataclasses import replace
 
 from edgetrain.errors import BudgetError
-from edgetrain.targets import select_target
+from edgetrain.targets.ledger import Ledger, read_ledger
 from edgetrain.units import MIB, format_mib, parse_size
 
 RESERVE_BYTES, RESERVE = 256 * MIB, 0.1
 """What ``--budget auto`` leaves to everything else: the larger of so many bytes and that part of what is available."""
 
 
-def automatic_budget(device: str | None) -> tuple[int, int]:
-    """``(budget, reserve)`` in bytes: what is available now, less a reserve, and no more than a profile allows.
+def memory_ledger(device: str | None) -> Ledger:
+    """The memory of this machine now, and what the profile ``device`` says of libraries and context.
+
+    Raises:
+        UsageError: no such profile.
+    """
+    import torch
+
+    ledger = read_ledger()
+    if torch.cuda.is_available() and not torch.cuda.get_device_properties().is_integrated:
+        from edgetrain.targets import select_target
+
+        ledger = replace(ledger, device_bytes=select_target("cuda").probe().available_bytes)
+    if device is None:
+        return ledger
+    from edgetrain.profiles import load_profile
+
+    profile = load_profile(device)
+    return replace(ledger, context_bytes=profile.context_bytes, framework_bytes=profile.framework_bytes)
+
+
+def automatic_budget(ledger: Ledger, device: str | None) -> tuple[int, int]:
+    """``(budget, reserve)`` in bytes: what is available, less a reserve, and no more than a profile allows.
 
     Raises:
         BudgetError: nothing is left.
         UsageError: no such profile.
     """
-    available = select_target("cuda" if torch.cuda.is_available() else "cpu").probe().available_bytes
+    available = ledger.available_bytes if ledger.device_bytes is None else ledger.device_bytes
     reserve = max(RESERVE_BYTES, int(RESERVE * available))
     budget = available - reserve
     if device is not None:
@@ -36,8 +57,8 @@ def automatic_budget(device: str | None) -> tuple[int, int]:
     return budget, reserve
 
 
-def parse_budget(budget: str, device: str | None) -> tuple[int | None, int | None]:
+def parse_budget(budget: str, ledger: Ledger, device: str | None) -> tuple[int | None, int | None]:
     """``(budget, reserve)`` in bytes of ``auto``, ``none`` or a size; None for no budget, and for no reserve."""
     if budget == "auto":
-        return automatic_budget(device)
+        return automatic_budget(ledger, device)
     return (None if budget == "none" else parse_size(budget)), None

@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from edgetrain.cli.ledger_text import ledger_rows
 from edgetrain.units import GIB, format_mib
 
 if TYPE_CHECKING:
@@ -116,6 +117,8 @@ def print_host(host: Host) -> None:
     table.add_row(
         "memory", f"{format_mib(host.memory.total_bytes)}, available {format_mib(host.memory.available_bytes)}"
     )
+    for name, size in ledger_rows(host.ledger)[1:]:
+        table.add_row(name, size)
     if host.tegra is not None:
         release = f"L4T {host.tegra.l4t}" if host.tegra.l4t else "L4T release unknown"
         table.add_row("Tegra", "\n".join([host.tegra.model or "board unknown", release, *host.tegra.compatible]))

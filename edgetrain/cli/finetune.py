@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -84,14 +85,15 @@ def finetune(
         beta=beta,
         attention_map=attention_map,
     )
-    from edgetrain.cli.automatic_budget import parse_budget
+    from edgetrain.cli.automatic_budget import memory_ledger, parse_budget
     from edgetrain.cli.finetuning import announce, prepare, run_finetuning
     from edgetrain.cli.training import check_display
     from edgetrain.train import Throttle
 
     check_display(live=live, quiet=quiet)
     throttle = Throttle(pause_file=pause_file, max_celsius=max_temp)
-    budget_bytes, reserve_bytes = parse_budget(budget, device)
+    ledger = memory_ledger(device)
+    budget_bytes, reserve_bytes = parse_budget(budget, ledger, device)
     prepared = prepare(
         data=data,
         source=source,
@@ -118,6 +120,7 @@ def finetune(
     run_finetuning(
         prepared,
         out=out,
+        ledger=replace(ledger, reserve_bytes=reserve_bytes),
         budget_bytes=budget_bytes,
         resume=False,
         checkpoint_every=checkpoint_every,

@@ -19,6 +19,7 @@ from edgetrain.cli.training import Job, run_job
 from edgetrain.errors import EdgetrainError, UsageError
 from edgetrain.files import write_atomically
 from edgetrain.planner import Plan, UniformMode
+from edgetrain.targets.ledger import Ledger
 from edgetrain.train import Recipe, Throttle
 from edgetrain.train.data import channel_statistics, open_divided
 from edgetrain.train.data.balance import Balance, balancing_weights
@@ -191,6 +192,7 @@ def run_finetuning(
     run: Finetune,
     *,
     out: Path,
+    ledger: Ledger,
     budget_bytes: int | None,
     resume: bool,
     checkpoint_every: int | None,
@@ -208,6 +210,7 @@ def run_finetuning(
     assert job.record.training is not None
     done, outcome = run_job(
         job,
+        ledger=ledger,
         budget_bytes=budget_bytes,
         out=out,
         resume=resume,

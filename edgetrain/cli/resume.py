@@ -22,6 +22,7 @@ def resume(
     """Go on with a run that was killed, stopped or lost its power, from its last good checkpoint."""
     import torch
 
+    from edgetrain.cli.automatic_budget import memory_ledger
     from edgetrain.train.checkpoint import newest_checkpoint, plan_in
     from edgetrain.train.run_record import RunRecord
 
@@ -43,6 +44,7 @@ def resume(
         run_finetuning(
             prepare_again(run, record, plan),
             out=run,
+            ledger=memory_ledger(record.finetuning.device),
             budget_bytes=training.budget_bytes,
             resume=True,
             checkpoint_every=checkpoint_every or training.checkpoint_every,
@@ -55,6 +57,7 @@ def resume(
         data=record.data,
         model=record.model,
         pooling=record.pooling,
+        ledger=memory_ledger(None),
         budget_bytes=training.budget_bytes,
         epochs=training.epochs,
         batch_size=2,

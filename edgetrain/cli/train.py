@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from edgetrain.planner import Plan, UniformMode
+    from edgetrain.targets.ledger import Ledger
     from edgetrain.train.run_record import ObjectiveRecord, RunRecord
 
 PLANNED = "planned"
@@ -100,10 +101,13 @@ def train(
         margin=margin,
         embedding=embedding,
     )
+    from edgetrain.cli.automatic_budget import memory_ledger
+
     result = run_training(
         data=data,
         model=model,
         pooling=pooling,
+        ledger=memory_ledger(device),
         budget_bytes=choose_budget(budget, device),
         epochs=epochs,
         batch_size=batch_size,
@@ -173,6 +177,7 @@ def run_training(
     data: str,
     model: str,
     pooling: str | None = None,
+    ledger: Ledger,
     budget_bytes: int | None,
     epochs: int,
     batch_size: int,
@@ -200,6 +205,7 @@ def run_training(
     """What ``edgetrain train`` does, as a value: the result that ``--json`` prints.
 
     Args:
+        ledger: the memory of this machine.
         objective: None: cross-entropy.
         resumed: the record of the run in ``out`` that goes on; None starts one.
         plan: by which it goes on.
@@ -303,6 +309,7 @@ def run_training(
     job = Job(make_model, record, recipe, source, test_source, chosen, update_in_backward, setup=setup)
     _, outcome = run_job(
         job,
+        ledger=ledger,
         budget_bytes=budget_bytes,
         out=out,
         resume=resumed is not None,

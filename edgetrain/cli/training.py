@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from edgetrain.cli.finetune_text import print_wide
+from edgetrain.cli.ledger_text import ledger_table
 from edgetrain.cli.objective_options import ObjectiveSetup
 from edgetrain.cli.progress import training_display
 from edgetrain.errors import UsageError
 from edgetrain.planner import Plan, UniformMode
+from edgetrain.targets.ledger import Ledger
 from edgetrain.targets.pressure import PressureGauge
 from edgetrain.train import Recipe, Throttle
 from edgetrain.train.capped import CappedRun, Watch, train_capped
@@ -80,6 +83,7 @@ class Job:
 def run_job(
     job: Job,
     *,
+    ledger: Ledger,
     budget_bytes: int | None,
     out: Path,
     resume: bool,
@@ -91,9 +95,13 @@ def run_job(
     """Runs ``job`` into the directory ``out``; what it gave, also as the part of the result that all commands print.
 
     Args:
+        ledger: the memory of this machine, without the run.
         resume: go on with the run that is there.
     """
     record = job.record
+    ledger = _with_run(ledger, job, budget_bytes)
+    if not quiet:
+        print_wide(ledger_table(ledger), stderr=True)
     loaders: list[Loader] = []
 
     def make_batches() -> tuple[Loader, Loader | None]:
@@ -124,7 +132,7 @@ def run_job(
             run_dir=out,
             record=record,
             budget_bytes=budget_bytes,
-            decoding_bytes=max(decoding_bytes(s, record.input_shape) for s in (job.source, job.test_source) if s),
+            decoding_bytes=ledger.decoding_bytes or 0,
             device="cuda" if torch.cuda.is_available() else "cpu",
             resume=resume,
             watch=watch,
@@ -144,10 +152,26 @@ def run_job(
         "peak_bytes": run.peak_bytes,
         "file_bytes": run.file_bytes,
         "budget_bytes": run.budget_bytes,
+        "memory": asdict(ledger),
         "broken_images": len({path for loader in loaders for path, _ in loader.broken}),
         "checkpoint": str(run.checkpoint),
         "normalisation": {"mean": list(record.mean), "std": list(record.std)},
     }
+
+
+def _with_run(ledger: Ledger, job: Job, budget_bytes: int | None) -> Ledger:
+    """The ledger with what the run takes beside its step."""
+    channels, height, width = job.record.input_shape
+    pixels = job.recipe.batch_size * channels * height * width
+    sources = [source for source in (job.source, job.test_source) if source is not None]
+    guest = None if job.setup is None else job.setup.guest
+    return replace(
+        ledger,
+        loader_bytes=4 * pixels + pixels,  # float32, and the next one in uint8
+        decoding_bytes=max(decoding_bytes(source, job.record.input_shape) for source in sources),
+        teacher_bytes=guest.standing_bytes if guest is not None and guest.standing_bytes else None,
+        budget_bytes=budget_bytes,
+    )
 
 
 def check_display(*, live: bool, quiet: bool) -> None:
