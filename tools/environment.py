@@ -18,15 +18,8 @@ PACKAGES = ("torch", "numpy", "onnx", "onnxruntime", "onnxruntime-training-cpu",
 
 def machine() -> dict[str, Any]:
     """Processor, cores, memory and GPU of this host."""
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                processor = line.partition(":")[2].strip()
-                break
     facts: dict[str, Any] = {
-        "processor": processor,
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -37,6 +30,17 @@ def machine() -> dict[str, Any]:
         facts["gpu"] = properties.name
         facts["gpu_memory_bytes"] = properties.total_memory
     return facts
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Its name, and where Linux tells its family and model: two of one name can differ by a factor of three."""
+    if not cpuinfo.exists():
+        return platform.processor() or platform.machine()
+    first = cpuinfo.read_text().partition("\n\n")[0]
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    kind = [f"{what} {fields[key]}" for what, key in (("family", "cpu family"), ("model", "model")) if key in fields]
+    return ", ".join([name, *([" ".join(kind)] if kind else [])])
 
 
 def versions() -> dict[str, str]:

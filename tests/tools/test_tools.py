@@ -24,6 +24,18 @@ def run(name: str, *arguments: str) -> dict[str, Any]:
     return document
 
 
+def test_a_processor_is_named_with_its_family_and_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(TOOLS))
+    from environment import processor
+
+    cpuinfo = tmp_path / "cpuinfo"
+    one = "processor\t: {}\nvendor_id\t: X\ncpu family\t: 23\nmodel\t\t: 1\nmodel name\t: A Name: B\n"
+    cpuinfo.write_text(one.format(0) + "\n" + one.format(1).replace(": 23", ": 24"))
+    assert processor(cpuinfo) == "A Name: B, family 23 model 1"
+    cpuinfo.write_text("processor\t: 0\nBogoMIPS\t: 48.00\n")  # an ARM board
+    assert processor(cpuinfo)
+
+
 @pytest.mark.slow
 def test_snr_depth() -> None:
     rows = run("snr_depth.py", "--seeds", "1")["rows"]
