@@ -36,9 +36,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -112,11 +113,20 @@ class Table:
         self._count = len(problem.stages)
         self._z = np.array(problem.activation_bytes, dtype=np.int64)
         self._gradients = np.array(problem.gradients_after, dtype=np.int64)
+        # Python's own numbers, for arithmetic one at a time
+        self._z_bytes: list[int] = self._z.tolist()
+        self._gradient_bytes: list[int] = self._gradients.tolist()
+        # what is there all through blocks ..t: g[t+1], and gradients of later parameters
+        self._waiting = [z + g for z, g in zip([*self._z_bytes[1:-1], 0], self._gradient_bytes[1:], strict=True)]
         self._z_slots, self._saved_slots, self._products_slots = self._rounded_sizes()
         self._held_slots = {
             place.to: self._rounded([float(nbytes or 0) for nbytes in place.held_bytes]) for place in problem.places
         }
         self._forward = np.cumsum([0.0, *(stage.dropping_seconds for stage in self._stages)])
+        self._passes_from = [
+            (stage.forward_seconds + self._forward[s + 1 :] - self._forward[s + 1]).astype(np.float32)[:, None]
+            for s, stage in enumerate(self._stages)
+        ]
         self._dropping = self._z[:-1] + np.array([stage.dropping_bytes for stage in self._stages], dtype=np.int64)
         self._way_slots = self._rounded_ways()
         shape = self._count, self._count + 1, slots + 1
@@ -125,16 +135,34 @@ class Table:
         self._reach: dict[State, tuple[int, ...]] = {"need": problem.reach}
         if problem.rounds:
             self._reach["near"] = problem.rounded_reach
+        self._last_ahead: tuple[Any, Array] | None = None
+        # the fewest slots from which on nothing changes any more: of each cell of the last t, the most of (t, s..) for
+        # the last t, and the most of (..t, s) for each s
+        self._settled: dict[State, dict[int, int]] = {state: {} for state in states}
+        self._settled_after = dict.fromkeys(states, 0)
+        self._settled_from = [0] * (self._count + 1)
+        self._peaks_from = [
+            np.concatenate(([np.iinfo(np.int64).min // 2], np.maximum.accumulate(self._dropping[s + 1 :])))
+            for s in range(self._count)
+        ]
         self._inverted: dict[State, Array] = {end: np.full(shape, np.inf, dtype=np.float32) for end in self._reach}
         for t in range(self._count):
             runs = {end: np.full((self._count, slots + 1), np.inf, dtype=np.float32) for end in self._reach}
+            settled = dict.fromkeys(self._reach, 0)  # likewise of all rows of a run
+            self._settled_after = dict.fromkeys(states, 0)
             for s in range(t + 1, -1, -1):
                 for end, rows in runs.items():
-                    self._extend(rows, t, s, end)
+                    settled[end] = self._extend(rows, t, s, end, settled[end])
                 for state in self._states(s):
-                    self._best[state][t, s] = self._cell(t, s, state)
+                    cell = self._best[state][t, s] = self._cell(t, s, state)
+                    self._settled[state][s] = _settled(cell)
+                for state in self._states(s):
+                    self._settled_after[state] = max(self._settled_after[state], self._settled[state][s])
+                    self._settled_from[s] = max(self._settled_from[s], self._settled[state][s])
                 for end, rows in runs.items():  # a run may end with block s-1: z[s] is then exact
-                    np.minimum(rows[:s], self._best[end][t, s], out=rows[:s])
+                    known = _known(rows[:s], settled[end], self._settled[end].get(s, 0))
+                    np.minimum(known, self._best[end][t, s, : known.shape[1]], out=known)
+                    settled[end] = known.shape[1] - 1
 
     def seconds(self, m: int) -> float:
         """Least time of a step with ``m`` slots; infinite where there is none."""
@@ -184,17 +212,13 @@ class Table:
         return [{how: slots[how][i] for how in ways} for i, ways in enumerate(held)]
 
     def _threshold(self, nbytes: float) -> int:
-        """Slots without which ``nbytes`` do not fit."""
-        return int(self._thresholds(np.array([nbytes]))[0])
+        """Slots without which ``nbytes`` do not fit; as :meth:`_thresholds`, which takes longer for one number."""
+        slots = nbytes / self.unit_bytes
+        return math.floor(slots) if self._rounding == "down" else math.ceil(slots - 0.5)
 
     def _thresholds(self, nbytes: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Slots:
         slots = nbytes / self.unit_bytes
         return (np.floor(slots) if self._rounding == "down" else np.ceil(slots - 0.5)).astype(np.int32)
-
-    def _waiting(self, t: int) -> int:
-        """Bytes that are there all through blocks ..t: g[t+1], and gradients of later parameters."""
-        last = t == self._count - 1
-        return (0 if last else int(self._z[t + 1])) + int(self._gradients[t + 1])
 
     def _states(self, s: int) -> list[State]:
         """Those in which anybody may ask for z[s]."""
@@ -214,33 +238,44 @@ class Table:
 
     def _cell(self, t: int, s: int, state: State) -> Array:
         if s == t + 1:
-            own = 0 if state in _HOLD else int(self._z[s])
+            own = 0 if state in _HOLD else self._z_bytes[s]
             last = t == self._count - 1
-            needed = own + (self._problem.head_bytes if last else self._waiting(t))
+            needed = own + (self._problem.head_bytes if last else self._waiting[t])
             base = np.zeros(self.slots + 1, dtype=np.float32)
             base[: self._threshold(needed)] = np.inf
             return base
-        best = np.full(self.slots + 1, np.inf, dtype=np.float32)
+        best: Array | None = None
         for _, _, values in self._candidates(t, s, state, 0, self.slots + 1):
-            np.minimum(best, values.min(0), out=best)
+            least = values.min(0) if len(values) > 1 else values[0]
+            if best is None:  # to store is always a candidate, in a row of its own
+                best = least
+                continue
+            known = len(least)
+            np.minimum(best[:known], least, out=best[:known])
+            if known < len(best):
+                np.minimum(best[known:], least[-1], out=best[known:])
+        assert best is not None
         return best
 
     def _candidates(self, t: int, s: int, state: State, low: int, high: int) -> Iterator[tuple[Move, int, Array]]:
-        """Each move with its first k, and the time for m = low..high-1 in a row for every k from there on."""
-        stage, waiting = self._stages[s], self._waiting(t)
-        own, own_slots = (0, 0) if state in _HOLD else (int(self._z[s]), self._z_slots[s])
+        """Each move with its first k, and the time for m = low..high-1 in a row for every k from there on.
+
+        Rows may end earlier: from their last column on nothing changes.
+        """
+        stage, waiting = self._stages[s], self._waiting[t]
+        own, own_slots = (0, 0) if state in _HOLD else (self._z_bytes[s], self._z_slots[s])
 
         kept = own if stage.keeps_input or state in _NEED else 0
         kept_slots = own_slots if kept else 0
-        held = stage.saved_bytes + kept + (int(self._z[s + 1]) if stage.keeps_output else 0)
+        held = stage.saved_bytes + kept + (self._z_bytes[s + 1] if stage.keeps_output else 0)
         held_slots = self._saved_slots[s] + kept_slots + (self._z_slots[s + 1] if stage.keeps_output else 0)
         needed = max(
             own + stage.forward_all_bytes + waiting,
-            held + int(self._z[s + 1]) + stage.backward_bytes + int(self._gradients[s + 1]),
+            held + self._z_bytes[s + 1] + stage.backward_bytes + self._gradient_bytes[s + 1],
         )
         after = self._best[_next(state, held=stage.keeps_output)][t, s + 1 : s + 2]
-        values = _shifted(after, held_slots, low, high) + np.float32(stage.forward_all_seconds + stage.backward_seconds)
-        yield Move("store"), s, _from(values, self._thresholds(np.array([needed])), low)
+        seconds = np.float32(stage.forward_all_seconds + stage.backward_seconds)
+        yield Move("store"), s, _sums(after, held_slots, seconds, low, high, least=self._threshold(needed))
 
         if stage.selection is not None:
             yield self._selective(t, s, state, stage.selection, own, own_slots, low, high)
@@ -249,7 +284,7 @@ class Table:
         if stage.recompute_seconds is not None and t == s and t < self._count - 1:
             needed = own + waiting + stage.recompute_bytes
             values = np.full((1, high - low), stage.recompute_seconds, dtype=np.float32)
-            yield Move("recompute"), s, _from(values, self._thresholds(np.array([needed])), low)
+            yield Move("recompute"), s, _from(values, self._threshold(needed), low)
         if state == "free" and stage.ways:
             for end, inverted in self._inverted.items():
                 yield Move("invert", end=end), s, inverted[t, s : s + 1, low:high]
@@ -257,16 +292,16 @@ class Table:
     def _selective(
         self, t: int, s: int, state: State, selection: Selection, own: int, own_slots: int, low: int, high: int
     ) -> tuple[Move, int, Array]:
-        output = int(self._z[s + 1])
+        output = self._z_bytes[s + 1]
         held = own + selection.products_bytes + (output if selection.keeps_output else 0)
         needed = max(
-            own + selection.forward_bytes + self._waiting(t),
-            held + output + selection.backward_bytes + int(self._gradients[s + 1]),
+            own + selection.forward_bytes + self._waiting[t],
+            held + output + selection.backward_bytes + self._gradient_bytes[s + 1],
         )
         after = self._best[_next(state, held=selection.keeps_output)][t, s + 1 : s + 2]
-        values = _shifted(after, self._selected_slots(s, selection, own_slots), low, high)
-        values = values + np.float32(selection.forward_seconds + selection.backward_seconds)
-        return Move("selective"), s, _from(values, self._thresholds(np.array([needed])), low)
+        seconds = np.float32(selection.forward_seconds + selection.backward_seconds)
+        shift, least = self._selected_slots(s, selection, own_slots), self._threshold(needed)
+        return Move("selective"), s, _sums(after, shift, seconds, low, high, least=least)
 
     def _selected_slots(self, s: int, selection: Selection, own_slots: int) -> int:
         return own_slots + self._products_slots[s] + (self._z_slots[s + 1] if selection.keeps_output else 0)
@@ -275,50 +310,84 @@ class Table:
         self, t: int, s: int, state: State, own: int, own_slots: int, low: int, high: int
     ) -> Iterator[tuple[Move, int, Array]]:
         """k from s+1 to t, with z[s] as it is and in every other place."""
-        waiting = self._waiting(t)
+        waiting = self._waiting[t]
         first = own + self._stages[s].forward_bytes + waiting
-        forward = self._stages[s].forward_seconds + self._forward[s + 1 : t + 1] - self._forward[s + 1]
-        forward = forward.astype(np.float32)[:, None]
         later = self._dropping[s + 1 : t]
-        peaks = np.maximum.accumulate(np.concatenate(([first], later + own + waiting)))
-        rest = self._best[_next(state, held=False)][t, s + 1 : t + 1]
-        values = _shifted(rest, own_slots, low, high) + self._best[state][s:t, s, low:high]
-        values += forward
-        yield Move("checkpoint"), s + 1, _from(values, self._thresholds(peaks), low)
+        ahead = self._ahead(t, s, _next(state, held=False), own_slots, (first, own + waiting), low, high)
+        yield Move("checkpoint"), s + 1, ahead + self._best[state][s:t, s, low : low + ahead.shape[1]]
         if state in _HOLD:
             return
+        forward = self._passes(t, s)
+        rest = self._best[_next(state, held=False)][t, s + 1 : t + 1]
         for place in self._problem.places:
             held, back = place.held_bytes[s], state if place.exact else _WHEN_ROUNDED.get(state)
             if held is None or back is None:
                 continue
-            leaving = max(first, own + held + int(self._z[s + 1]) + waiting)
+            leaving = max(first, own + held + self._z_bytes[s + 1] + waiting)
             coming = own + held + self._z[s + 1 : t + 1] + self._gradients[s + 1 : t + 1]
             peaks = np.maximum.accumulate(np.concatenate(([leaving], later + held + waiting)))
-            values = _shifted(rest, self._held_slots[place.to][s], low, high) + self._best[back][s:t, s, low:high]
-            values += forward + np.float32(2 * own * place.seconds_per_byte)
+            passes = forward + np.float32(2 * own * place.seconds_per_byte)
+            values = _sums(rest, self._held_slots[place.to][s], passes, low, high)
+            values += self._best[back][s:t, s, low:high]
             yield Move("checkpoint", place), s + 1, _from(values, self._thresholds(np.maximum(peaks, coming)), low)
+
+    def _passes(self, t: int, s: int) -> Array:
+        """Seconds from z[s] to z[k] for each k from s+1 to t, (t - s, 1)."""
+        return self._passes_from[s][: t - s]
+
+    def _ahead(self, t: int, s: int, after: State, own_slots: int, held: tuple[int, int], low: int, high: int) -> Array:
+        """Seconds from z[s] to z[k] and of blocks k..t from there, z[s] kept in ``own_slots``, for k from s+1 to t.
+
+        Columns from which on neither this nor the time of blocks s..k-1 changes are left out but for the first.
+        States of z[s] that differ in what comes afterwards ask for the same, one after the other: the last answer is
+        kept.
+
+        Args:
+            held: bytes of the pass of block s, and beside each later pass.
+        """
+        key = t, s, after, own_slots, held, low, high
+        if self._last_ahead is None or self._last_ahead[0] != key:
+            first, beside = held
+            thresholds = self._thresholds(np.maximum(self._peaks_from[s][: t - s] + beside, first))
+            settled = max(int(thresholds[-1]), own_slots + self._settled_after[after], self._settled_from[s])
+            high = min(high, max(low, settled) + 1)
+            sums = _sums(self._best[after][t, s + 1 : t + 1], own_slots, self._passes(t, s), low, high)
+            self._last_ahead = key, _from(sums, thresholds, low)
+        return self._last_ahead[1]
 
     # --- runs of inversions: rows[r] is the least time from z[s] on if the run began at block r
 
-    def _extend(self, rows: Array, t: int, s: int, end: State) -> None:
-        """From z[s+1] to z[s], block s among those that are inverted, if that is not too far from the run's end."""
+    def _extend(self, rows: Array, t: int, s: int, end: State, settled: int) -> int:
+        """From z[s+1] to z[s], block s among those that are inverted, if that is not too far from the run's end.
+
+        Args:
+            settled: the last column of ``rows`` that is kept up to date, as nothing changes from there on; the new one
+                is given back.
+        """
         if s > t:
-            return
-        first = self._reach[end][s]
-        through = [self._through(rows[first : s + 1], t, s, way) for way in self._stages[s].ways]
-        rows[: s + 1] = np.inf
-        for values in through:
-            np.minimum(rows[first : s + 1], values, out=rows[first : s + 1])
-        self._inverted[end][t, s] = rows[s]
+            return settled
+        first, ways = self._reach[end][s], self._stages[s].ways
+        rows[: first if ways else s + 1] = np.inf
+        if ways:
+            least = [self._least_of(t, s, way) for way in ways]
+            spent = [settled + self._way_slots[s][way.how] for way in ways]
+            after = _known(rows[first : s + 1], settled, min(self.slots, max(*spent, *least)))
+            settled = after.shape[1] - 1
+            through = [_inverting(after, self._way_slots[s], way, least[k]) for k, way in enumerate(ways)]
+            after[:] = functools.reduce(_lower, through)
+        self._inverted[end][t, s, :settled] = rows[s, :settled]
+        self._inverted[end][t, s, settled:] = rows[s, settled]
+        return settled
 
     def _through(self, after: Array, t: int, i: int, way: Way) -> Array:
         """The time from z[i] on, from that from z[i+1] on, where block i is inverted in that way."""
-        forward = int(self._z[i]) + way.forward_bytes + self._waiting(t)
-        backward = 2 * int(self._z[i + 1]) + way.held_bytes + way.peak_bytes + int(self._gradients[i + 1])
-        values = _shifted(after, self._way_slots[i][way.how], 0, self.slots + 1)
-        values = values + np.float32(way.forward_seconds + way.seconds)
-        values[:, : self._threshold(max(forward, backward))] = np.inf
-        return values
+        return _inverting(after, self._way_slots[i], way, self._least_of(t, i, way))
+
+    def _least_of(self, t: int, i: int, way: Way) -> int:
+        """Slots without which block i cannot be inverted in that way."""
+        forward = self._z_bytes[i] + way.forward_bytes + self._waiting[t]
+        backward = 2 * self._z_bytes[i + 1] + way.held_bytes + way.peak_bytes + self._gradient_bytes[i + 1]
+        return self._threshold(max(forward, backward))
 
     def _run(self, t: int, s: int, end: State, m: int) -> tuple[list[Way], int]:
         """How blocks s, s+1, ... are inverted in the run behind :attr:`_inverted`, and the slots that are left."""
@@ -417,22 +486,51 @@ def _next(state: State, *, held: bool) -> State:
     return "hold rounded" if held else "free rounded"
 
 
-def _shifted(rows: Array, shift: int, low: int, high: int) -> Array:
-    """``rows[:, low - shift : high - shift]``, infinite before the first column."""
-    if low >= shift:
-        return rows[:, low - shift : high - shift]
-    shifted = np.full((rows.shape[0], high - low), np.inf, dtype=np.float32)
-    if high > shift:
-        shifted[:, shift - low :] = rows[:, : high - shift]
-    return shifted
+def _inverting(after: Array, slots: dict[Inversion, int], way: Way, least: int) -> Array:
+    """``after`` with a block inverted in that way before it, of which it keeps ``slots``; infinite below ``least``."""
+    return _sums(after, slots[way.how], np.float32(way.forward_seconds + way.seconds), 0, after.shape[1], least=least)
 
 
-def _from(values: Array, thresholds: Slots, low: int) -> Array:
-    """``values`` with infinity in row r where m is below ``thresholds[r]``; overwritten or copied."""
-    until = int(thresholds.max()) - low
-    if until > 0:
-        columns = np.arange(low, low + min(until, values.shape[1]), dtype=np.int32)
-        np.copyto(values[:, :until], np.float32(np.inf), where=columns < thresholds[:, None])
+def _known(rows: Array, settled: int, wanted: int) -> Array:
+    """The columns of ``rows`` up to ``wanted``, or ``settled`` if that is later, from which on all are like it."""
+    if wanted > settled:
+        rows[:, settled + 1 : wanted + 1] = rows[:, settled : settled + 1]
+    return rows[:, : max(settled, wanted) + 1]
+
+
+def _lower(one: Array, other: Array) -> Array:
+    """The smaller of each two numbers, in place of ``one``."""
+    return np.minimum(one, other, out=one)
+
+
+def _settled(times: Array) -> int:
+    """The first of ``times``, one per number of slots, that is that of all after it."""
+    others = times != times[-1]
+    last = len(times) - 1 - int(others[::-1].argmax())
+    return last + 1 if others[last] else 0
+
+
+def _sums(rows: Array, shift: int, seconds: Array | np.float32, low: int, high: int, *, least: int = 0) -> Array:
+    """``rows[:, low - shift : high - shift] + seconds``, infinite before the first column and below ``least``."""
+    sums = np.empty((rows.shape[0], high - low), dtype=np.float32)
+    begin = min(max(low, shift, least), high)
+    sums[:, : begin - low] = np.inf
+    np.add(rows[:, begin - shift : high - shift], seconds, out=sums[:, begin - low :])
+    return sums
+
+
+def _from(values: Array, thresholds: Slots | int, low: int) -> Array:
+    """``values`` with infinity in row r where m is below ``thresholds[r]``, or one for all; overwritten."""
+    if isinstance(thresholds, int):
+        values[:, : max(0, thresholds - low)] = np.inf
+        return values
+    begin, end = (
+        min(max(int(thresholds[k]) - low, 0), values.shape[1]) for k in (thresholds.argmin(), thresholds.argmax())
+    )
+    values[:, :begin] = np.inf
+    if end > begin:
+        columns = np.arange(low + begin, low + end, dtype=np.int32)
+        np.copyto(values[:, begin:end], np.float32(np.inf), where=columns < thresholds[:, None])
     return values
 
 
