@@ -8,7 +8,8 @@ Which library computes it follows ``ConvParams::use_mkldnn`` of ``aten/src/ATen/
   (``tests/memory/test_operators.py``), not a bound that can be proved. Where the layout is not row by row, a matrix
   of windows comes on top.
 - torch's own kernels unfold the input to such a matrix (``slow_conv2d``), of the whole batch, and work on contiguous
-  copies of one group after the other.
+  copies of one group after the other. In half precision, which processors without instructions for it leave to them,
+  the gradient of the bias is the sum of a copy of dy in float32, taken before the rest.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ def convolution_bound(call: Call) -> list[int]:
     """Bytes of temporaries that ``call``, forward or backward, holds at once besides its results."""
     backward = call.operator == "aten.convolution_backward.default"
     if backward:
-        dy, x, weight, _, stride, padding, dilation, transposed, _, groups, _ = call.arguments
+        dy, x, weight, _, stride, padding, dilation, transposed, _, groups, mask = call.arguments
     else:
+        mask = [False, False, False]
         x, weight, _, stride, padding, dilation, transposed, output_padding, groups = call.arguments
         dy = convolution_output(x, weight, stride, padding, dilation, transposed, output_padding, groups)
     strided, dilated = any(k != 1 for k in stride), any(k != 1 for k in dilation)
@@ -52,6 +54,8 @@ def convolution_bound(call: Call) -> list[int]:
     if groups > 1:
         held += [x.nbytes // groups, dy.nbytes // groups, (x if backward else dy).nbytes, weight.nbytes]
     held += [meta.nbytes for meta in (x, dy) if not meta.is_contiguous]
+    if mask[2] and dy.dtype.itemsize == 2:
+        held = max(held, [4 * (math.prod(dy.shape) + dy.shape[1])], key=sum)
     return held or [x.shape[2] * x.dtype.itemsize]
 
 
