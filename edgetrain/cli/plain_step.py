@@ -45,9 +45,10 @@ def plain_step(run: Path, record: RunRecord, model: nn.Module, format: str) -> n
 
 def order_note(record: RunRecord) -> str | None:
     """What a person should know of the images' order, which no graph holds."""
-    if record.finetuning is None or record.finetuning.balance != "sampling":
+    if record.finetuning is None or record.finetuning.balance not in ("root", "sampling"):
         return None
-    return "the run drew every class equally often (--balance sampling); a graph takes the batches that it is given"
+    drawn = f"the run drew rare classes more often (--balance {record.finetuning.balance})"
+    return f"{drawn}; a graph takes the batches that it is given"
 
 
 def _other_step(run: Path, record: RunRecord) -> tuple[str, str] | None:

@@ -61,7 +61,7 @@ def test_the_step_of_a_fine_tuned_run_moves_what_the_run_trains(
     document = exported(finetuned, "train-step", tmp_path / "step", capsys)
     found = load_run(finetuned)
     assert found.record.finetuning is not None
-    assert (document["note"] is not None) == (found.record.finetuning.balance == "sampling")
+    assert (document["note"] is not None) == (found.record.finetuning.balance in ("root", "sampling"))
     model = plain_step(finetuned, found.record, found.model, "train-step")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     plan = Plan.read(finetuned / "plan.json")
@@ -76,7 +76,7 @@ def test_the_step_of_a_fine_tuned_run_moves_what_the_run_trains(
     optimizer.step()
 
     files = document["manifest"]["graphs"]
-    assert list(files) == ["train_step.onnx", "eval.onnx"]
+    assert list(files) == ["train_step.onnx", "eval.onnx", "fold.onnx"]
     session = onnxruntime.InferenceSession(tmp_path / "step" / "train_step.onnx", providers=["CPUExecutionProvider"])
     feeds = {name: value.numpy() for name, value in load_file(tmp_path / "step" / "state.safetensors").items()}
     feeds |= {name: np.zeros(shape, np.float32) for name, shape in document["manifest"]["zeros"].items()}
