@@ -109,7 +109,8 @@ def test_networks_of_timm(name: str, left: int) -> None:
 
     torch.manual_seed(0)
     model = randomise(timm_networks.create(name, num_classes=10, drop_rate=0.1))
-    plain = compare(model, torch.randn(2, 3, 32, 32, dtype=torch.double))
+    # of the logits of few images, the rounding of one of the two networks can be small by chance
+    plain = compare(model, torch.randn(16, 3, 32, 32, dtype=torch.double))
     assert len(plain.report.skipped) == left
     calls = {type(plain.get_submodule(str(n.target))).__name__ for n in plain.graph.nodes if n.op == "call_module"}
     assert calls <= {"Conv2d", "ReLU", "ReLU6", "MaxPool2d", "AdaptiveAvgPool2d", "Flatten", "Linear"}

@@ -149,17 +149,24 @@ def test_goes_through_json_without_loss_and_explains_every_block() -> None:
     assert "not uniform keep_all" in text
 
 
+def below_the_whole_batch() -> int:
+    """A budget in which no plan of the whole batch fits; what convolutions take inside depends on the processor."""
+    costed = plan_of("convolutions", micro_batches=1).costed
+    assert costed is not None
+    return costed.front[0][0] - 1
+
+
 def test_micro_batches_only_where_they_are_exact_or_asked_for() -> None:
     with pytest.raises(UsageError, match="batch norm"):
         plan_of("resnet", micro_batches=2)
     assert plan_of("resnet", micro_batches=2, allow_ghost_batchnorm=True).micro_batches == 2
-    parts = plan_of("convolutions", int(0.3 * plan_of("convolutions").peak_bytes))
-    assert parts.micro_batches > 1
+    parts = plan_of("convolutions", below_the_whole_batch())
+    assert parts.micro_batches == 2
     assert parts.input_shape == (8, *SHAPE)
 
 
 def test_micro_batches_take_what_was_predicted() -> None:
-    plan = plan_of("convolutions", int(0.3 * plan_of("convolutions").peak_bytes))
+    plan = plan_of("convolutions", below_the_whole_batch())
     assert plan.micro_batches > 1
     model = networks()["convolutions"]
     net = edgetrain.wrap(model, plan)
@@ -189,17 +196,20 @@ def test_same_input_same_plan() -> None:
     assert plan_of("layerwise", budget) == plan_of.__wrapped__("layerwise", budget)
 
 
-@pytest.mark.parametrize(("name", "share"), [("hybrid", 1.02), ("resnet", 1.02), ("convolutions", 1.1)])
-def test_checkpoints_in_bfloat16_fit_by_trace_and_give_the_gradients_of_rounding_by_hand(
-    name: str, share: float
-) -> None:
-    """``share``: the budget over the leanest peak."""
+def waiting_in_bfloat16(plan: Plan) -> list[int]:
+    return [s.index for s in plan.program.instructions if isinstance(s, Offload) and s.to == "bfloat16"]
+
+
+@pytest.mark.parametrize("name", ["hybrid", "resnet", "convolutions"])
+def test_checkpoints_in_bfloat16_fit_by_trace_and_give_the_gradients_of_rounding_by_hand(name: str) -> None:
+    """A little above the leanest peak, where exactly depends on what convolutions take inside on this processor."""
     model, keep_all = networks()[name], plan_of(name, micro_batches=1)
     assert keep_all.costed is not None
-    budget = round(share * keep_all.costed.front[0][0])
-    plan = plan_of(name, budget, micro_batches=1, stored_precision="bf16")
+    budgets = [round(share * keep_all.costed.front[0][0]) for share in (1.02, 1.1, 1.01, 1.0)]
+    plans = [(b, plan_of(name, b, micro_batches=1, stored_precision="bf16")) for b in budgets]
+    budget, plan = next((found for found in plans if waiting_in_bfloat16(found[1])), plans[0])
     exact = plan_of(name, budget, micro_batches=1)
-    waiting = [s.index for s in plan.program.instructions if isinstance(s, Offload) and s.to == "bfloat16"]
+    waiting = waiting_in_bfloat16(plan)
     assert waiting, plan.program.table()
     assert plan.peak_bytes <= budget
     assert plan.step_seconds < exact.step_seconds

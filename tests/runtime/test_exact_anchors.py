@@ -7,6 +7,8 @@ from an exact output. Anchors stand where the predicted signal-to-noise ratio wo
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 
 import pytest
 import torch
@@ -93,9 +95,23 @@ def test_the_error_goes_with_the_root_of_the_noise() -> None:
     assert [anchors for anchors, _ in found] == sorted(anchors for anchors, _ in found)
 
 
+def fewest_anchors(noise: Noise, limit: float) -> int:
+    """By trying all places; how many it takes depends on how this processor rounds."""
+    every = with_anchors(noise, math.inf)
+    layers = [i for i, mode in enumerate(every) if mode == "recompute"]
+    for count in range(len(layers) + 1):
+        for chosen in itertools.combinations(layers, count):
+            modes = list(every)
+            for i in set(layers) - set(chosen):
+                modes[i] = "invert_layerwise"
+            if min(noise.snrs(modes), default=math.inf) >= limit:
+                return count
+    return len(layers)
+
+
 @pytest.mark.parametrize(("limit", "bound"), [(1e4, 0.3), (1e8, 1e-3)])
 def test_single_precision(limit: float, bound: float) -> None:
     (_, pure), (anchors, error) = rows(torch.float, (0.0, limit))
     assert not pure < 1, "the gradients of pure inversion are noise"
-    assert anchors == 2
+    assert anchors == fewest_anchors(measure_noise(network(torch.float), batch(torch.float)[0]), limit) < 4
     assert error < bound
