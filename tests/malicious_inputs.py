@@ -120,9 +120,11 @@ def many_micro_batches(data: dict) -> None:
 
 def train_with_plan(path: Path) -> object:
     from edgetrain.cli.train import run_training
+    from edgetrain.targets.ledger import read_ledger
 
     return run_training(
-        data="digits", model="hybrid18", budget_bytes=None, epochs=1, batch_size=8, mode="planned", plan_file=path,
+        data="digits", model="hybrid18", budget_bytes=None, ledger=read_ledger(), epochs=1, batch_size=8,
+        mode="planned", plan_file=path,
         image_size=None, learning_rate=None, limit_train=64, limit_test=16, seed=0, out=path.parent / "run", quiet=True,
     )  # fmt: skip
 

@@ -315,7 +315,7 @@ def lite_cap() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in document["rows"]:
-        found = "did not start | | | |"
+        found = "did not run | | | |"
         if row["ran"]:
             found = (
                 f"{row['loss_first_epoch']:.2f} | {row['loss_last_epoch']:.2f} | {row['test_accuracy']:.1%} | "
