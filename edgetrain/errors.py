@@ -25,6 +25,16 @@ class EdgetrainError(Exception):
         self.action = action
         super().__init__(f"{found}; expected {expected}: {action}")
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Errors go from one process to another whatever their constructors take."""
+        return _again, (type(self), self.args, self.__dict__)
+
+
+def _again(kind: type[EdgetrainError], args: tuple[object, ...], fields: dict[str, object]) -> EdgetrainError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(fields)
+    return error
+
 
 class UsageError(EdgetrainError):
     """An argument is wrong: an unknown name, a malformed size, an option out of range."""

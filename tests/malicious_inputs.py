@@ -361,8 +361,8 @@ def status_kib(name: str) -> int:
 
 def main(root: Path) -> None:
     from edgetrain.errors import EdgetrainError
-    from edgetrain.train.capped import warm_up
     from edgetrain.train.data import BrokenImage, open_source
+    from edgetrain.train.warm_up import warm_up
 
     warm_up("cpu")
     open_source("digits", split="train").decode(0)

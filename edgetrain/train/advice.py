@@ -3,13 +3,13 @@
 A step's peak is affine in the batch size (weights and their gradients, plus activations per sample), so two small
 batches measured at the allocator give it for every batch. A process takes more than its allocator: the estimate is
 widened by a tenth, or by what makes the step that has just failed come out above the budget. What comes out of it is
-only where the search starts: a change is named after training steps ran under the cap with it, and is made smaller (a
-batch, by bisection) or larger (a budget, by a tenth) until they do.
+only where the search starts: a change is named after training steps ran under the cap with it, and by bisection it is
+the largest batch to a tenth, or the smallest budget to a twentieth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
 import torch
@@ -17,13 +17,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from edgetrain.memory import measure_peak
-from edgetrain.planner import UniformMode, uniform_plan
+from edgetrain.planner import Plan, UniformMode, uniform_plan
 from edgetrain.runtime import wrap
-from edgetrain.train.trial import Trial, Trials
-from edgetrain.units import MIB, format_mib
+from edgetrain.train.trial import with_reserve
+from edgetrain.units import MIB
 
-Change = Literal["--mode", "--batch-size", "--budget"]
-CHANGES: tuple[Change, ...] = ("--mode", "--batch-size", "--budget")
+LEAN: UniformMode = "invert_layerwise"
+"""The leanest of the uniform modes."""
+
+Change = Literal["--batch-size", "--budget"]
+CHANGES: tuple[Change, ...] = ("--batch-size", "--budget")
 WIDENING = 1.1
 _SMALL, _LARGE = 4, 12
 _SMALLEST_BATCH = 2  # batch norm needs two samples
@@ -64,59 +67,47 @@ def peak_bytes(
 def advise(
     make_model: Callable[[], nn.Module],
     *,
-    mode: UniformMode,
+    leanest: Sequence[UniformMode | Plan],
     input_shape: tuple[int, int, int],
     batch_size: int,
     budget_bytes: int,
-    decoding_bytes: int = 0,
+    beside_bytes: int = 0,
+    runs: Callable[[UniformMode | Plan, int, int], bool],
     device: str = "cpu",
     changes: Collection[Change] = CHANGES,
 ) -> str:
-    """The smallest change that would fit, as a sentence for a person; each that is named was tried.
-
-    A leaner mode comes first, because it changes nothing but time; then the largest batch; then the budget.
+    """The smallest changes that would fit, as a sentence for a person; each that is named was tried.
 
     Args:
-        decoding_bytes: of the budget, which a step cannot have.
+        leanest: what is tried inside a budget; a batch of another size is tried in the leanest mode.
+        input_shape: (c, h, w).
+        budget_bytes: in which no step of ``batch_size`` samples ran.
+        beside_bytes: what else the budget holds, such as a teacher.
+        runs: whether a plan for so many samples runs inside so many bytes.
         changes: what the person can change.
     """
-    estimates: dict[UniformMode, tuple[float, float]] = {}
+    fixed, per_sample = peak_bytes(make_model, LEAN, input_shape=input_shape, device=device)
 
-    def raw(candidate: UniformMode, samples: int) -> float:
-        if candidate not in estimates:
-            estimates[candidate] = peak_bytes(make_model, candidate, input_shape=input_shape, device=device)
-        fixed, per_sample = estimates[candidate]
-        return fixed + per_sample * samples + decoding_bytes
+    def raw(samples: int) -> float:
+        return fixed + per_sample * samples + beside_bytes
 
-    widening = max(WIDENING, 1.05 * budget_bytes / raw(mode, batch_size))
-
-    def need(candidate: UniformMode, samples: int) -> float:
-        return widening * raw(candidate, samples)
-
-    def runs(candidate: UniformMode, samples: int, cap_bytes: int) -> bool:
-        step_bytes = max(1, cap_bytes - decoding_bytes)
-        return trials.fits(Trial(make_model, candidate, input_shape, samples, step_bytes, device))
-
-    with Trials() as trials:
-        lean: UniformMode = mode
-        if "--mode" in changes and need("invert_layerwise", batch_size) < need(mode, batch_size):
-            lean = "invert_layerwise"
-            if need(lean, batch_size) <= budget_bytes and runs(lean, batch_size, budget_bytes):
-                return f"pass --mode {lean}, which needs about {format_mib(need(lean, batch_size))} for the same batch"
-        with_mode = "" if lean == mode else f"--mode {lean} and "
-
-        estimated = next((n for n in range(batch_size - 1, 0, -1) if need(lean, n) <= budget_bytes), 0)
-        samples = 0
-        if "--batch-size" in changes and batch_size > _SMALLEST_BATCH:
-            samples = _shrunk(estimated, lambda n: runs(lean, n, budget_bytes))
-        mib = _grown(int(need(mode, batch_size)) // MIB + 1, lambda m: runs(mode, batch_size, m * MIB))
+    widening = max(WIDENING, 1.05 * budget_bytes / raw(batch_size))
+    estimated = next((n for n in range(batch_size - 1, 0, -1) if widening * raw(n) <= budget_bytes), 0)
+    samples = mib = 0
+    if "--batch-size" in changes and batch_size > _SMALLEST_BATCH:
+        samples = _shrunk(estimated, lambda n: runs(LEAN, n, budget_bytes))
+    if "--budget" in changes:
+        mib = _least(
+            -(-budget_bytes // MIB),
+            int(widening * raw(batch_size)) // MIB + 1,
+            lambda size: any(runs(plan, batch_size, size * MIB) for plan in leanest),
+        )
     if samples:
-        raised = f", or --budget {mib}MiB" if mib and "--budget" in changes else ""
-        return f"pass {with_mode}--batch-size {samples}{raised}"
+        return f"pass --batch-size {samples}" + (f", or --budget {mib}MiB" if mib else "")
     if mib:
         reason = ""
         if "--batch-size" in changes:
-            reason = f": even {_SMALLEST_BATCH} samples did not fit in a trial in mode {lean}"
+            reason = f": even {_SMALLEST_BATCH} samples did not fit in a trial in mode {LEAN}"
         return f"pass --budget {mib}MiB{reason}"
     return "choose a smaller model or a smaller image size: no budget that this host has would do"
 
@@ -137,10 +128,20 @@ def _shrunk(samples: int, runs: Callable[[int], bool]) -> int:
     return known
 
 
-def _grown(mib: int, runs: Callable[[int], bool]) -> int:
-    """The first of ``mib`` and what is a tenth larger each that runs; 0 for none."""
+def _least(fails: int, mib: int, runs: Callable[[int], bool]) -> int:
+    """The least above ``fails`` that runs, to a twentieth, with the reserve for another run of it; 0 for none.
+
+    Args:
+        mib: to begin with; made larger, by half each time, until it runs.
+    """
+    known = max(mib, fails + 1)
     for _ in range(_TRIES):
-        if runs(mib):
-            return mib
-        mib = max(mib + 1, round(mib * 1.1))
-    return 0
+        if runs(known):
+            break
+        fails, known = known, -(-known * 3 // 2)
+    else:
+        return 0
+    while known - fails > max(1, known // 20):
+        middle = (known + fails) // 2
+        known, fails = (middle, fails) if runs(middle) else (known, middle)
+    return with_reserve(known * MIB) // MIB

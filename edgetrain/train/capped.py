@@ -12,37 +12,32 @@ import contextlib
 import gc
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgetrain.chain import SampledNetwork
 from edgetrain.errors import BudgetError
 from edgetrain.memory import Guest
-from edgetrain.models import create_model
 from edgetrain.nn.slices import SLICE_BYTES
 from edgetrain.planner import Plan, UniformMode, uniform_plan
-from edgetrain.runtime import wrap
 from edgetrain.targets import Target, return_large_blocks, select_target
 from edgetrain.targets.pressure import PressureGauge
-from edgetrain.train.advice import CHANGES, Change, advise
+from edgetrain.train.advice import CHANGES, Change
 from edgetrain.train.callbacks import Callback
-from edgetrain.train.data.prefetch import ready_thread
 from edgetrain.train.guard import ExhaustedError, Guard, first_line
 from edgetrain.train.objectives import Objective
 from edgetrain.train.passes import Batches
-from edgetrain.train.planned import LEAN, fallbacks, planned
+from edgetrain.train.prepared import Question, prepared, would_fit
 from edgetrain.train.recipe import Recipe
 from edgetrain.train.records import EpochRecord, MemoryEvent
 from edgetrain.train.run_record import RunRecord
 from edgetrain.train.spare_threads import SpareThreads
 from edgetrain.train.throttle import Throttle
 from edgetrain.train.trainer import Trainer
+from edgetrain.train.warm_up import warm_up
 from edgetrain.units import format_mib
 
 ModelMaker = Callable[[], nn.Module]
@@ -127,63 +122,32 @@ def train_capped(
         BudgetError: the budget does not even hold the weights, or the cap was hit; names what would fit.
     """
 
-    def change(uniform: UniformMode, allowed: Collection[Change]) -> str:
-        assert budget_bytes is not None
-        with ThreadPoolExecutor(1) as fresh:  # oneDNN remembers a failed allocation for as long as its thread lives
-            return fresh.submit(
-                advise,
-                make_model,
-                mode=uniform,
-                input_shape=input_shape,
-                batch_size=recipe.batch_size,
-                budget_bytes=budget_bytes - beside.standing_bytes,
-                decoding_bytes=decoding_bytes,
-                device=device,
-                changes=allowed,
-            ).result()
-
-    beside = guest or Guest()
+    question = Question(
+        make_model,
+        mode,
+        input_shape,
+        recipe,
+        budget_bytes,
+        decoding_bytes=decoding_bytes,
+        device=device,
+        sample=sample,
+        update_in_backward=update_in_backward,
+        objective=objective,
+        guest=guest or Guest(),
+        has_run=resume,
+        changes=changes,
+    )
     target = select_target(device)
     if budget_bytes is not None:
         # blocks larger than a slice go back to the kernel when they are freed: no holes that count and serve nobody
         return_large_blocks(2 * SLICE_BYTES)
     warm_up(device)
-    if budget_bytes is not None:
-        try:
-            check_budget(make_model, budget_bytes, standing_bytes=beside.standing_bytes)
-        except BudgetError as error:
-            if "--budget" not in changes:
-                raise
-            action = f"{change(LEAN, {'--budget'})}, or choose a smaller --model"  # the smallest that ran in a trial
-            raise BudgetError(found=error.found, expected=error.expected, action=action) from None
-    how: UniformMode | Plan | None = mode
-    smaller: list[Plan] | None = None
-    if how is None:
-        plans = planned(
-            make_model,
-            input_shape=input_shape,
-            recipe=recipe,
-            budget_bytes=None if budget_bytes is None else max(1, budget_bytes - decoding_bytes),
-            device=device,
-            sample=sample,
-            update_in_backward=update_in_backward,
-            objective=objective,
-            guest=beside,
-        )
-        how, smaller = next(iter(plans), None), plans[1:]
-    elif budget_bytes is not None:
-        # a mode that was asked for is kept: what planning leaves free in the heap would break the cap; the plans that
-        # follow another are made here, as making them takes memory
-        smaller = [] if isinstance(how, str) else fallbacks(make_model, how, recipe=recipe, objective=objective)
-    if how is None:
-        assert budget_bytes is not None
-        raise BudgetError(
-            found=f"a budget of {format_mib(budget_bytes)}, within which not even the leanest plan ran in a trial",
-            expected=f"a step of {recipe.batch_size} samples of {'x'.join(map(str, input_shape))} to fit",
-            action=change(LEAN, {*changes} - {"--mode"}),
-        )
+    plans: list[Plan] = []
+    if budget_bytes is not None or mode is None:
+        plans = prepared(question)
     guard = None
-    if smaller is not None:
+    if plans:
+        smaller = plans[1:]
         threads = SpareThreads(_SPARE_THREADS if budget_bytes is not None and device == "cpu" else 0)
         guard = Guard(target, lambda _: smaller, gauge=gauge, threads=threads)
     target.start()
@@ -191,7 +155,8 @@ def train_capped(
         try:
             _seed(recipe.seed)
             model = make_model()
-            plan = how
+            plan = plans[0] if plans else mode
+            assert plan is not None
             if isinstance(plan, str):
                 plan = uniform_plan(model, plan, input_shape=input_shape, batch_size=recipe.batch_size)
             batches, test_batches = make_batches()
@@ -226,58 +191,12 @@ def train_capped(
             peak_bytes, reason = target.peak_bytes(), exhausted or first_line(error)
     # outside the handler, so that the failed step's tensors are gone before anything is measured
     gc.collect()
-    words = f"in mode {how}" if isinstance(how, str) else "by its plan"
+    words = f"in mode {mode}" if isinstance(mode, str) else "by its plan"
     raise BudgetError(
         found=f"the budget of {format_mib(budget_bytes)} was used up at {format_mib(peak_bytes)} ({reason})",
         expected=f"a step of {recipe.batch_size} samples of {'x'.join(map(str, input_shape))} {words} to fit",
-        action=change(how if isinstance(how, str) else LEAN, changes),
+        action=would_fit(question, plans[-1]),
     )
-
-
-def warm_up(device: str) -> None:
-    """One small training step, so that libraries, threads and kernels are loaded before anything is counted."""
-    state = torch.get_rng_state()
-    model = create_model("hybrid18", width=8).to(device)
-    plan = uniform_plan(model, "invert_layerwise", input_shape=(3, 16, 16), batch_size=2)
-    F.cross_entropy(
-        wrap(model, plan)(torch.randn(2, 3, 16, 16, device=device)), torch.zeros(2, dtype=torch.long, device=device)
-    ).backward()
-    Recipe().optimizer(model.parameters()).step()  # the first optimiser imports torch's compiler, 50 MB
-    torch.set_rng_state(state)
-    ready_thread()
-
-
-def check_budget(make_model: ModelMaker, budget_bytes: int, *, standing_bytes: int = 0) -> None:
-    """Refuses a budget that does not hold weights, gradients and momentum, before anything is allocated.
-
-    Args:
-        standing_bytes: of what is there besides, such as a teacher.
-
-    Raises:
-        BudgetError: with the bytes needed.
-    """
-    state = torch.get_rng_state()
-    try:
-        with torch.device("meta"):
-            model = make_model()
-    except (NotImplementedError, RuntimeError):  # the user's function looks at the values of its weights
-        model = make_model()
-    torch.set_rng_state(state)
-    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    drawn = model.drawn if isinstance(model, SampledNetwork) else model  # what has gradients in one step
-    trained = [p.numel() * p.element_size() for p in model.parameters() if p.requires_grad]
-    gradients = sum(p.numel() * p.element_size() for p in drawn.parameters() if p.requires_grad)
-    needed = parameters + sum(trained) + gradients + buffers + standing_bytes
-    if budget_bytes <= needed:
-        frozen = "" if sum(trained) == parameters else ", some of which are frozen"
-        besides = f", and {format_mib(standing_bytes)} of the teacher" if standing_bytes else ""
-        raise BudgetError(
-            found=f"a budget of {format_mib(budget_bytes)}",
-            expected=f"more than {format_mib(needed)}: weights, gradients and momentum of "
-            f"{sum(p.numel() for p in model.parameters()):,} parameters{frozen}{besides}, before any activation",
-            action=f"raise --budget above {format_mib(needed)} or choose a smaller --model",
-        )
 
 
 def _seed(seed: int) -> None:

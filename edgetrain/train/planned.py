@@ -7,31 +7,41 @@ its own under the cap (:mod:`edgetrain.train.trial`), and made for less until th
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from edgetrain.chain import chain_of, measure_noise
 from edgetrain.memory import Guest
+from edgetrain.memory.simulate import updates_in_backward
 from edgetrain.planner import Plan, Planner, UniformMode, uniform_plan
 from edgetrain.planner.smaller import planner_like, smaller_plans
-from edgetrain.targets import release_free_memory
+from edgetrain.train.advice import LEAN
 from edgetrain.train.objectives import Objective, group_of, rehearsal_of
 from edgetrain.train.recipe import Recipe
-from edgetrain.train.trial import Trial, Trials
 from edgetrain.units import KIB, MIB, format_mib
 
 _LOG = logging.getLogger(__name__)
 
-LEAN: UniformMode = "invert_layerwise"
-"""The leanest of the uniform modes."""
-
 _LIBRARY_BYTES, _KERNEL_BYTES = 8 * MIB, 200 * KIB
 _SHARE, _SMALLER = 0.95, 0.92
 _NOBODY = Guest()
+
+
+@dataclass(frozen=True)
+class Made:
+    """Plans of a run.
+
+    Attributes:
+        plans: the one to begin with and smaller ones to fall back on; empty where none of them runs.
+        leanest: what the least budget is found with.
+    """
+
+    plans: list[Plan]
+    leanest: list[UniformMode | Plan]
 
 
 def planned(
@@ -40,19 +50,19 @@ def planned(
     input_shape: tuple[int, int, int],
     recipe: Recipe,
     budget_bytes: int | None,
+    runs: Callable[[Plan], bool],
     device: str = "cpu",
     sample: Tensor | None = None,
     update_in_backward: bool = False,
     objective: Objective | None = None,
     guest: Guest = _NOBODY,
-) -> list[Plan]:
-    """The fastest plan whose run stays inside ``budget_bytes``, and smaller ones to fall back on.
-
-    Empty where not even the leanest stays inside.
+) -> Made:
+    """The fastest plan whose run stays inside ``budget_bytes``, and smaller ones.
 
     Args:
         make_model: makes the network.
         input_shape: (c, h, w).
+        runs: whether a plan stays inside.
         sample: some images (n, c, h, w), on which the noise of inversions is measured; None: random numbers.
         update_in_backward: step the optimiser of each block as soon as its gradients are there.
         objective: None: cross-entropy.
@@ -74,60 +84,67 @@ def planned(
     )
     if budget_bytes is None:
         plan = planner.plan()
-        return [plan, *smaller_plans(planner, plan)]
+        return Made([plan, *smaller_plans(planner, plan)], [])
     # libraries generate code for every kind of convolution, forward and backward
     kinds = {(m.weight.shape, m.stride, m.groups) for m in model.modules() if isinstance(m, nn.Conv2d)}
     batch_bytes = 4 * recipe.batch_size * input_shape[0] * input_shape[1] * input_shape[2]
     aside = _LIBRARY_BYTES + 2 * _KERNEL_BYTES * len(kinds) + 2 * batch_bytes  # the next batch, and its images
     least_bytes = planner.least().peak_bytes
     target = max(int(_SHARE * budget_bytes) - aside, least_bytes)
-    found: Plan | None = None
-
-    def trial(plan: Plan) -> Trial:
-        return Trial(make_model, plan, input_shape, recipe.batch_size, budget_bytes, device, objective)
-
-    with Trials() as trials:
-        while found is None:
-            plan = planner.plan(target)
-            _LOG.info("trying a plan of %s in a process of %s", format_mib(plan.peak_bytes), format_mib(budget_bytes))
-            if trials.fits(trial(plan)):
-                found = plan
-            elif plan.peak_bytes <= least_bytes:
-                break
-            target = max(least_bytes, int(_SMALLER * plan.peak_bytes))
-        if found is None:  # what is leanest for the allocator need not be so for the process
-            plan = uniform_plan(
-                model,
-                LEAN,
-                input_shape=input_shape,
-                batch_size=recipe.batch_size,
-                update_in_backward=update_in_backward,
-            )
-            found = plan if trials.fits(trial(plan)) else None
-    plans = [] if found is None else [found, *smaller_plans(planner, found)]
-    del model, planner
-    _forget()
-    return plans
+    while True:
+        plan = planner.plan(target)
+        _LOG.info("trying a plan of %s in a process of %s", format_mib(plan.peak_bytes), format_mib(budget_bytes))
+        if runs(plan):
+            return Made([plan, *smaller_plans(planner, plan)], [])
+        if plan.peak_bytes <= least_bytes:
+            break
+        target = max(least_bytes, int(_SMALLER * plan.peak_bytes))
+    lean = uniform_plan(
+        model, LEAN, input_shape=input_shape, batch_size=recipe.batch_size, update_in_backward=update_in_backward
+    )
+    if runs(lean):  # what is leanest for the allocator need not be so for the process
+        return Made([lean, *smaller_plans(planner, lean)], [])
+    return Made([], [plan, lean])
 
 
-def fallbacks(
+def given(
     make_model: Callable[[], nn.Module],
-    plan: Plan,
+    how: UniformMode | Plan,
     *,
+    input_shape: tuple[int, int, int],
     recipe: Recipe,
+    runs: Callable[[Plan], bool],
+    device: str = "cpu",
     objective: Objective | None = None,
-) -> list[Plan]:
-    """Smaller plans to fall back on from ``plan``, which was given."""
+) -> Made:
+    """The plan that was asked for, also where it does not run, and smaller ones, of which the last does.
+
+    Args:
+        how: the plan, or the mode of all blocks.
+        input_shape, runs, objective: as of :func:`planned`.
+    """
     torch.manual_seed(recipe.seed)
-    model = make_model()
-    optimizer, loss, group = recipe.optimizer_for(model), rehearsal_of(objective), group_of(objective)
-    planner = planner_like(model, plan, optimizer=optimizer, loss=loss, group=group)
-    plans = list(smaller_plans(planner, plan))
-    del model, planner
-    _forget()
-    return plans
-
-
-def _forget() -> None:
-    gc.collect()  # frozen modules refer to themselves
-    release_free_memory()
+    model = make_model().to(device)
+    plan = how
+    if isinstance(plan, str):
+        plan = uniform_plan(model, plan, input_shape=input_shape, batch_size=recipe.batch_size)
+    planner = planner_like(
+        model,
+        plan,
+        optimizer=recipe.optimizer_for(model),
+        loss=rehearsal_of(objective),
+        group=group_of(objective),
+    )
+    plans = [plan, *smaller_plans(planner, plan)]
+    if runs(plans[-1]):
+        return Made(plans, [])
+    lean = uniform_plan(
+        model,
+        LEAN,
+        input_shape=input_shape,
+        batch_size=recipe.batch_size,
+        update_in_backward=updates_in_backward(plan.program),
+    )
+    if lean not in plans and runs(lean):
+        return Made([*plans, lean], [])
+    return Made([], [plans[-1], lean])

@@ -9,9 +9,10 @@ import pytest
 
 from edgetrain.errors import BudgetError
 from edgetrain.models import create_model
-from edgetrain.train.advice import _grown, _shrunk
-from edgetrain.train.capped import check_budget
-from edgetrain.train.trial import Trial, Trials
+from edgetrain.train.advice import _least, _shrunk
+from edgetrain.train.helper import Helper
+from edgetrain.train.prepared import check_budget
+from edgetrain.train.trial import Trial, fits, with_reserve
 from edgetrain.units import MIB
 
 make = functools.partial(create_model, "hybrid18", in_channels=1, width=8)
@@ -37,16 +38,29 @@ def test_shrunk_finds_the_largest_to_a_tenth_in_twelve_tries(most: int):
     assert found == most or (0.85 * most <= found <= most and found in tried)
 
 
-def test_grown_gives_up_after_twelve_tries():
-    assert _grown(10, lambda mib: mib >= 12) == 12
-    assert _grown(10, lambda mib: False) == 0
+@pytest.mark.parametrize("needed", [25, 38, 77, 78, 120])
+def test_the_least_budget_is_found_to_a_twentieth_and_has_room_for_another_run(needed: int):
+    tried: list[int] = []
+
+    def runs(mib: int) -> bool:
+        tried.append(mib)
+        return mib >= needed
+
+    named = _least(24, 77, runs)
+    found = min(mib for mib in tried if mib >= needed)
+    assert needed <= found <= 1.05 * needed + 1
+    assert named == with_reserve(found * MIB) // MIB
+    assert len(tried) <= 12
+
+
+def test_no_budget_is_named_where_none_of_twelve_runs():
+    tried: list[int] = []
+    assert _least(4, 10, lambda mib: bool(tried.append(mib))) == 0
+    assert len(tried) == 12
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the cap needs Linux")
 def test_trial_in_a_helper():
-    trial = Trial(make, "invert_layerwise", (1, 16, 16), 4, 100 * MIB)
-    with Trials() as trials:
-        assert trials._ask(trial) == 0
-        assert trials._ask(Trial(make, "invert_layerwise", (1, 16, 16), 512, 8 * MIB)) == 1
-        assert trials._ask(Trial(lambda: make(), "invert_layerwise", (1, 16, 16), 4, MIB)) == 2  # cannot be pickled
-        assert trials.fits(trial)
+    with Helper() as helper:
+        assert fits(Trial(make, "invert_layerwise", (1, 16, 16), 4, 100 * MIB), helper)
+        assert not fits(Trial(make, "invert_layerwise", (1, 16, 16), 512, 8 * MIB), helper)
