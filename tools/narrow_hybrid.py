@@ -1,4 +1,5 @@
-"""The hybrid network at half the width of hybrid18: a quarter of the weights and arithmetic, half the activations.
+"""The hybrid network at half the width of hybrid18 (a quarter of the weights and arithmetic, half the activations), and
+at a quarter of it.
 
 For the command line, which makes networks of the zoo at their own width only: ``--model narrow_hybrid:hybrid18_half``.
 """
@@ -13,3 +14,8 @@ from edgetrain.models import hybrid
 def hybrid18_half(num_classes: int = 10, in_channels: int = 3) -> nn.Module:
     """x (n, in_channels, h, w) -> logits (n, num_classes), 16 channels in the first stage."""
     return hybrid(num_classes, in_channels=in_channels, width=16)
+
+
+def hybrid18_quarter(num_classes: int = 10, in_channels: int = 3) -> nn.Module:
+    """x (n, in_channels, h, w) -> logits (n, num_classes), 8 channels in the first stage."""
+    return hybrid(num_classes, in_channels=in_channels, width=8)

@@ -42,11 +42,6 @@ EVALUATION_BATCH_SIZE = 128
 _RESERVE_BYTES, _RESERVE = 4 * MIB, 0.03
 
 
-def with_reserve(budget_bytes: int) -> int:
-    """A budget in which a run fits that fitted ``budget_bytes`` once, rounded up to whole MiB."""
-    return -(-int((budget_bytes + _RESERVE_BYTES) / (1 - _RESERVE)) // MIB) * MIB
-
-
 @dataclass(frozen=True)
 class Trial:
     """A training step with a budget.

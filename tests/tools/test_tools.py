@@ -140,3 +140,18 @@ def test_objectives_memory() -> None:
     assert all(0.97 < row["measured_over_predicted"] <= 1 for row in rows)
     live = [row for row in rows if row["teacher"] == "live"]
     assert all(row["teacher_weight_bytes"] > 0 and row["teacher_forward_bytes"] > 0 for row in live)
+
+
+@pytest.mark.slow
+def test_under_twenty_budgets_every_run_trains_inside_its_cap_or_is_refused_before_its_first_step() -> None:
+    rows = run("budget_sweep.py")["rows"]
+    assert len(rows) >= 20
+    outcomes = {row["budget_bytes"]: row["outcome"] for row in rows}
+    assert set(outcomes.values()) == {"trained", "refused"}
+    trained = [row for row in rows if row["outcome"] == "trained"]
+    assert all(row["peak_bytes"] - row["file_bytes"] <= row["budget_bytes"] for row in trained)
+    least = min(row["budget_bytes"] for row in trained)
+    for row in rows:
+        if row["outcome"] == "refused":
+            assert outcomes[row["named_bytes"]] == "trained"
+            assert row["named_bytes"] <= 1.11 * least + 4 * 2**20

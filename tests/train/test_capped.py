@@ -12,7 +12,7 @@ from edgetrain.models import create_model
 from edgetrain.train.advice import _least, _shrunk
 from edgetrain.train.helper import Helper
 from edgetrain.train.prepared import check_budget
-from edgetrain.train.trial import Trial, fits, with_reserve
+from edgetrain.train.trial import Trial, fits
 from edgetrain.units import MIB
 
 make = functools.partial(create_model, "hybrid18", in_channels=1, width=8)
@@ -49,7 +49,7 @@ def test_the_least_budget_is_found_to_a_twentieth_and_has_room_for_another_run(n
     named = _least(24, 77, runs)
     found = min(mib for mib in tried if mib >= needed)
     assert needed <= found <= 1.05 * needed + 1
-    assert named == with_reserve(found * MIB) // MIB
+    assert 1.05 * found < named <= 1.05 * found + 2
     assert len(tried) <= 12
 
 
