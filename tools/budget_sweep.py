@@ -1,4 +1,4 @@
-"""Training under budgets from far too small to ample: each ends trained inside its cap, or refused before its first step.
+"""Training under budgets from far too small to ample: it stays inside the cap or is refused before the first step.
 
 A hybrid network of width 8 is trained for one epoch on digits in batches of 64 images, through the command line and
 each time in a fresh process, under every budget. A refusal names a budget: that one is tried too, and it is compared

@@ -353,9 +353,11 @@ def finetune() -> str:
         differences.append(f"{found['difference_points']:+.2f} points of {name}{spread}")
     row = document["rows"][0]
     shape = "x".join(map(str, row["input_shape"]))
+    same = document["summary"]["recomputing_is_the_same"]
     about = [
         f"Inside the cap less keeping everything: {', '.join(differences)}; gradients of a step differ by "
         f"{document['gradient_difference']:.0e} of their norm.",
+        f"Recomputing gave {'the same losses and test results, bit for bit' if same else 'other losses'}.",
         f"{document['model']}, batch {row['batch_size']} of {shape}, {row['epochs']} epochs; {row['images']['train']} "
         f"photographs to train on, {row['images']['test']} to test on, of which {document['largest_class']:.1%} are of "
         f"the largest class; after {document['pretrained']['images']} images of {document['pretrained']['data']}.",
