@@ -3,8 +3,9 @@
 A step's peak is affine in the batch size (weights and their gradients, plus activations per sample), so two small
 batches measured at the allocator give it for every batch. A process takes more than its allocator: the estimate is
 widened by a tenth, or by what makes the step that has just failed come out above the budget. What comes out of it is
-only where the search starts: a change is named after training steps ran under the cap with it, and by bisection it is
-the largest batch to a tenth, or the smallest budget to a twentieth.
+only where the search starts. By bisection, with training steps under the cap, the largest batch is found to a tenth
+below the estimate, and the smallest budget to a twentieth; what is named is that batch, and a little more than that
+budget, as two runs of one program differ.
 """
 
 from __future__ import annotations
@@ -70,17 +71,19 @@ def advise(
     input_shape: tuple[int, int, int],
     batch_size: int,
     budget_bytes: int,
+    available_bytes: int,
     beside_bytes: int = 0,
     runs: Callable[[UniformMode | Plan, int, int], bool],
     device: str = "cpu",
     changes: Collection[Change] = CHANGES,
 ) -> str:
-    """The smallest changes that would fit, as a sentence for a person; each that is named was tried.
+    """The smallest changes that would fit, as a sentence for a person.
 
     Args:
         leanest: what is tried inside a budget; a batch of another size is tried in the leanest mode.
         input_shape: (c, h, w).
         budget_bytes: in which no step of ``batch_size`` samples ran.
+        available_bytes: the largest budget that the host has.
         beside_bytes: what else the budget holds, such as a teacher.
         runs: whether a plan for so many samples runs inside so many bytes.
         changes: what the person can change.
@@ -100,6 +103,7 @@ def advise(
             -(-budget_bytes // MIB),
             int(widening * raw(batch_size)) // MIB + 1,
             lambda size: any(runs(plan, batch_size, size * MIB) for plan in leanest),
+            most=available_bytes // MIB,
         )
     if samples:
         return f"pass --batch-size {samples}" + (f", or --budget {mib}MiB" if mib else "")
@@ -127,8 +131,10 @@ def _shrunk(samples: int, runs: Callable[[int], bool]) -> int:
     return known
 
 
-def _least(fails: int, mib: int, runs: Callable[[int], bool]) -> int:
+def _least(fails: int, mib: int, runs: Callable[[int], bool], *, most: int) -> int:
     """The least above ``fails`` that runs, to a twentieth, and another twentieth and 1 MiB on top; 0 for none.
+
+    It is at most ``most``.
 
     A trial may fail in what another ran in: the same one, four times for each half MiB, never ran in 20.5 MiB, once of
     four in 21 and in 21.5, and always in 22 (hybrid of width 8, 64 images of 1x16x16).
@@ -136,14 +142,12 @@ def _least(fails: int, mib: int, runs: Callable[[int], bool]) -> int:
     Args:
         mib: to begin with; made larger, by half each time, until it runs.
     """
-    known = max(mib, fails + 1)
-    for _ in range(_TRIES):
-        if runs(known):
-            break
-        fails, known = known, -(-known * 3 // 2)
-    else:
+    known = min(max(mib, fails + 1), most)
+    while known > fails and not runs(known):
+        fails, known = known, min(-(-known * 3 // 2), most)
+    if known <= fails:
         return 0
     while known - fails > max(1, known // 20):
         middle = (known + fails) // 2
         known, fails = (middle, fails) if runs(middle) else (known, middle)
-    return -(-known * 21 // 20) + 1
+    return min(-(-known * 21 // 20) + 1, most)

@@ -122,12 +122,14 @@ def train_capped(
         BudgetError: the budget does not even hold the weights, or the cap was hit; names what would fit.
     """
 
+    target = select_target(device)
     question = Question(
         make_model,
         mode,
         input_shape,
         recipe,
         budget_bytes,
+        target.probe().available_bytes,
         decoding_bytes=decoding_bytes,
         device=device,
         sample=sample,
@@ -137,11 +139,12 @@ def train_capped(
         has_run=resume,
         changes=changes,
     )
-    target = select_target(device)
     if budget_bytes is not None:
         # blocks larger than a slice go back to the kernel when they are freed: no holes that count and serve nobody
         return_large_blocks(2 * SLICE_BYTES)
     warm_up(device)
+    with _capped(target, budget_bytes):
+        pass  # a host that cannot do it says so before plans are made
     plans: list[Plan] = []
     if budget_bytes is not None or mode is None:
         plans = prepared(question)
@@ -150,46 +153,50 @@ def train_capped(
         smaller = plans[1:]
         threads = SpareThreads(_SPARE_THREADS if budget_bytes is not None and device == "cpu" else 0)
         guard = Guard(target, lambda _: smaller, gauge=gauge, threads=threads)
+
+    def run(callbacks: Sequence[Callback]) -> CappedRun:
+        _seed(recipe.seed)
+        model = make_model()
+        plan = plans[0] if plans else mode
+        assert plan is not None
+        if isinstance(plan, str):
+            plan = uniform_plan(model, plan, input_shape=input_shape, batch_size=recipe.batch_size)
+        batches, test_batches = make_batches()
+        trainer = Trainer(
+            model,
+            plan,
+            run_dir=run_dir,
+            recipe=recipe,
+            objective=objective,
+            record=record,
+            device=device,
+            callbacks=callbacks,
+            checkpoint_every=checkpoint_every,
+            throttle=throttle,
+            guard=guard,
+        )
+        history = (trainer.resume if resume else trainer.fit)(batches, test_batches)
+        return CappedRun(
+            trainer.model,
+            trainer.plan,
+            history,
+            trainer.events,
+            target.peak_bytes(),
+            target.file_bytes(),
+            budget_bytes,
+            trainer.checkpoint,
+        )
+
     target.start()
     with _capped(target, budget_bytes), watch(target) as callbacks:
         try:
-            _seed(recipe.seed)
-            model = make_model()
-            plan = plans[0] if plans else mode
-            assert plan is not None
-            if isinstance(plan, str):
-                plan = uniform_plan(model, plan, input_shape=input_shape, batch_size=recipe.batch_size)
-            batches, test_batches = make_batches()
-            trainer = Trainer(
-                model,
-                plan,
-                run_dir=run_dir,
-                recipe=recipe,
-                objective=objective,
-                record=record,
-                device=device,
-                callbacks=callbacks,
-                checkpoint_every=checkpoint_every,
-                throttle=throttle,
-                guard=guard,
-            )
-            history = (trainer.resume if resume else trainer.fit)(batches, test_batches)
-            return CappedRun(
-                trainer.model,
-                trainer.plan,
-                history,
-                trainer.events,
-                target.peak_bytes(),
-                target.file_bytes(),
-                budget_bytes,
-                trainer.checkpoint,
-            )
+            return run(callbacks)
         except Exception as error:
             exhausted = error.found if isinstance(error, ExhaustedError) else None
             if budget_bytes is None or not (exhausted or target.is_out_of_memory(error)):
                 raise
             peak_bytes, reason = target.peak_bytes(), exhausted or first_line(error)
-    # outside the handler, so that the failed step's tensors are gone before anything is measured
+    # outside the handler, so that the run's network and the failed step's tensors are gone before anything is tried
     gc.collect()
     words = f"in mode {mode}" if isinstance(mode, str) else "by its plan"
     raise BudgetError(

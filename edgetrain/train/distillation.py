@@ -81,6 +81,10 @@ class TeacherObjective:
                     found=f"{name} {value:g}", expected=f"a number {expected}", action=f"correct the {name}"
                 )
 
+    def __getstate__(self) -> dict[str, object]:
+        """What it holds in the middle of a step is nobody's in another process."""
+        return {**self.__dict__, "_answers": None, "_student": None}
+
     def prepare(self, images: Tensor, indices: Tensor | None, model: nn.Module) -> None:
         """Asks the teacher; see :class:`~edgetrain.train.objectives.Preparing`."""
         if isinstance(model, Tapped):

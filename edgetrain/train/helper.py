@@ -85,7 +85,7 @@ class Helper:
         if not hasattr(os, "fork"):
             raise NoHelperError
         try:
-            request = pickle.dumps((sys.path, os.getcwd(), torch.get_num_threads(), pickle.dumps(work)))
+            request = pickle.dumps((sys.path, os.getcwd(), _settings(), pickle.dumps(work)))
             requests, answers = self._pipes or self._start()
             _send(requests, request)
             answer = _receive(answers)
@@ -117,8 +117,19 @@ class Helper:
         return self._pipes
 
 
+def _settings() -> tuple[int, torch.dtype, bool]:
+    return torch.get_num_threads(), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+
+
+def _set(threads: int, dtype: torch.dtype, deterministic: bool) -> None:
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+    torch.use_deterministic_algorithms(deterministic)
+
+
 def serve() -> None:
     """The helper's process: requests from stdin, answers to stdout."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who asks: it closes the pipe
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 0)
@@ -148,10 +159,9 @@ def _in_fork(request: bytes, requests: IO[bytes], answers: IO[bytes]) -> bytes |
             os.close(requests.fileno())
             os.close(answers.fileno())
             os.close(result)
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
             answer = _answer(request, own)
             with os.fdopen(own, "wb") as file:
-                file.write(answer)
+                _send(file, answer)
     os.close(own)
     found = io.BytesIO()
     looking = select.poll()
@@ -163,21 +173,23 @@ def _in_fork(request: bytes, requests: IO[bytes], answers: IO[bytes]) -> bytes |
                 os.kill(child, signal.SIGKILL)
                 return None
             part = os.read(result, io.DEFAULT_BUFFER_SIZE)
-            if not part:
-                break
             found.write(part)
+            # not only at the end of the file: a process that the work has started may hold it open
+            message = _receive(io.BytesIO(found.getvalue()))
+            if message is not None or not part:
+                break
     finally:
         os.close(result)
         status = os.waitpid(child, 0)[1]
-    return found.getvalue() if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0 else _STOPPED
+    return message if message is not None and os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0 else _STOPPED
 
 
 def _answer(request: bytes, own: int) -> bytes:
     """Does the work, pickles ``(value, None)`` or ``(None, what it raised)``."""
-    sys.path[:], folder, threads, packed = pickle.loads(request)
+    sys.path[:], folder, settings, packed = pickle.loads(request)
     os.chdir(folder)
     with _forked(own) as helper:
-        torch.set_num_threads(threads)
+        _set(*settings)
         try:
             return pickle.dumps((pickle.loads(packed)(helper), None))
         except EdgetrainError as error:

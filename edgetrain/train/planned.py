@@ -7,6 +7,7 @@ its own under the cap (:mod:`edgetrain.train.trial`), and made for less until th
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from edgetrain.chain import chain_of, measure_noise
+from edgetrain.errors import ModelError
 from edgetrain.memory import Guest
 from edgetrain.memory.simulate import updates_in_backward
 from edgetrain.planner import Plan, Planner, UniformMode, uniform_plan
@@ -128,14 +130,10 @@ def given(
     plan = how
     if isinstance(plan, str):
         plan = uniform_plan(model, plan, input_shape=input_shape, batch_size=recipe.batch_size)
-    planner = planner_like(
-        model,
-        plan,
-        optimizer=recipe.optimizer_for(model),
-        loss=rehearsal_of(objective),
-        group=group_of(objective),
-    )
-    plans = [plan, *smaller_plans(planner, plan)]
+    optimizer, loss, group = recipe.optimizer_for(model), rehearsal_of(objective), group_of(objective)
+    plans = [plan]
+    with contextlib.suppress(ModelError):  # no shapes without values in its forward: no plan but those that are given
+        plans += smaller_plans(planner_like(model, plan, optimizer=optimizer, loss=loss, group=group), plan)
     if runs(plans[-1]):
         return Made(plans, [])
     lean = uniform_plan(

@@ -6,9 +6,10 @@ planner's table leave 35 MiB of a heap free that a cap set afterwards would not 
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
+import gc
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -25,7 +26,7 @@ from edgetrain.train.helper import Helper, HelperDiedError, NoHelperError
 from edgetrain.train.objectives import Objective
 from edgetrain.train.planned import Made, given, planned
 from edgetrain.train.recipe import Recipe
-from edgetrain.train.trial import Trial, fits
+from edgetrain.train.trial import Trial, fits, in_fresh_thread
 from edgetrain.train.warm_up import warm_up
 from edgetrain.units import format_mib
 
@@ -42,6 +43,7 @@ class Question:
         how: the same mode for all blocks, or a plan; None: the fastest plan that stays inside the budget.
         input_shape: (c, h, w).
         budget_bytes: the cap; None: none.
+        available_bytes: of the host, before any process was started to answer.
         decoding_bytes: what decoding an image takes besides the batch.
         sample: some images (n, c, h, w), on which the noise of inversions is measured; None: random numbers.
         update_in_backward: whether a plan that is made steps the optimiser block by block.
@@ -56,6 +58,7 @@ class Question:
     input_shape: tuple[int, int, int]
     recipe: Recipe
     budget_bytes: int | None
+    available_bytes: int
     decoding_bytes: int = 0
     device: str = "cpu"
     sample: Tensor | None = None
@@ -65,17 +68,18 @@ class Question:
     has_run: bool = False
     changes: Collection[Change] = CHANGES
 
-    def trial(self, plan: UniformMode | Plan, *, budget_bytes: int, batch_size: int | None = None) -> Trial:
-        """Whether ``plan`` runs in ``budget_bytes``, what decoding takes left out."""
-        return Trial(
+    def runs(self, plan: UniformMode | Plan, helper: Helper, *, budget_bytes: int, batch_size: int) -> bool:
+        """Whether ``plan`` runs in ``budget_bytes``, what decoding takes left out, and the host has so much."""
+        trial = Trial(
             self.make_model,
             plan,
             self.input_shape,
-            batch_size or self.recipe.batch_size,
+            batch_size,
             max(1, budget_bytes - self.decoding_bytes),
             self.device,
             self.objective,
         )
+        return budget_bytes <= self.available_bytes and fits(trial, helper)
 
 
 def prepared(question: Question) -> list[Plan]:
@@ -85,14 +89,37 @@ def prepared(question: Question) -> list[Plan]:
         BudgetError: none of them runs inside the budget; names the smallest that was found to do.
         ModelError: the network does not take the input, or not this plan.
     """
-    if question.budget_bytes is None:  # nothing counts what is left in the heap
-        return _plans(question, Helper())
-    return _elsewhere(functools.partial(_plans, question), question.device)
+    if question.budget_bytes is None:
+        plans = _plans(question, Helper())
+        _forget()
+        return plans
+    try:
+        check_budget(question.make_model, question.budget_bytes, standing_bytes=question.guest.standing_bytes)
+    except BudgetError as error:
+        if "--budget" not in question.changes:
+            raise
+        action = f"{_advised(question, _would_hold)}, or choose a smaller --model"
+        raise BudgetError(found=error.found, expected=error.expected, action=action) from None
+    try:
+        return _elsewhere(functools.partial(_plans, question), question.device)
+    except HelperDiedError:
+        raise BudgetError(
+            found="the process that plans the run ended before it had a plan",
+            expected="memory for it beside this one",
+            action="end other programs, or pass the --plan that edgetrain plan --out made elsewhere",
+        ) from None
 
 
 def would_fit(question: Question, smallest: UniformMode | Plan) -> str:
     """What to change after a run has used up its budget with ``smallest``, as a sentence for a person."""
-    return _elsewhere(functools.partial(_advice, question, [smallest, LEAN]), question.device)
+    return _advised(question, functools.partial(_advice, leanest=[smallest, LEAN]))
+
+
+def _advised(question: Question, advice: Callable[[Question, Helper], str]) -> str:
+    try:
+        return _elsewhere(functools.partial(advice, question), question.device)
+    except HelperDiedError:  # no memory to find it out in
+        return "raise --budget, or lower --batch-size or --image-size"
 
 
 def _warm(work: Callable[[Helper], T], device: str, helper: Helper) -> T:
@@ -101,40 +128,32 @@ def _warm(work: Callable[[Helper], T], device: str, helper: Helper) -> T:
 
 
 def _elsewhere(work: Callable[[Helper], T], device: str) -> T:
-    """``work`` done by a helper; in this process where there can be none."""
+    """``work`` done by a helper; in this process where there can be none.
+
+    Raises:
+        HelperDiedError: the helper could not be asked to the end.
+    """
     with Helper() as helper:
-        try:
+        with contextlib.suppress(NoHelperError):
             return helper.ask(functools.partial(_warm, work, device))
-        except HelperDiedError:
-            raise BudgetError(
-                found="the process that plans the run ended before it had a plan",
-                expected="memory for it beside this one",
-                action="end other programs, or pass the --plan that edgetrain plan --out made elsewhere",
-            ) from None
-        except NoHelperError:
-            with ThreadPoolExecutor(1) as fresh:  # oneDNN remembers a failed allocation for as long as its thread lives
-                found = fresh.submit(work, helper).result()
-    release_free_memory()
+        found = in_fresh_thread(functools.partial(work, helper))
+    _forget()
     return found
 
 
+def _forget() -> None:
+    gc.collect()  # frozen modules refer to themselves
+    release_free_memory()
+
+
 def _plans(question: Question, helper: Helper) -> list[Plan]:
-    budget = question.budget_bytes
-    if budget is not None:
-        try:
-            check_budget(question.make_model, budget, standing_bytes=question.guest.standing_bytes)
-        except BudgetError as error:
-            if "--budget" not in question.changes:
-                raise
-            action = f"{_advice(question, [LEAN], helper, changes={'--budget'})}, or choose a smaller --model"
-            raise BudgetError(found=error.found, expected=error.expected, action=action) from None
-    made = _made(question, helper)
+    made, budget = _made(question, helper), question.budget_bytes
     if budget is None or made.plans:
         return made.plans
     raise BudgetError(
         found=f"a budget of {format_mib(budget)}, within which not even the leanest plan ran in a trial",
         expected=f"a step of {question.recipe.batch_size} samples of {'x'.join(map(str, question.input_shape))} to fit",
-        action=_advice(question, made.leanest, helper),
+        action=_advice(question, helper, leanest=made.leanest),
     )
 
 
@@ -142,7 +161,9 @@ def _made(question: Question, helper: Helper) -> Made:
     budget = question.budget_bytes
 
     def runs(plan: Plan) -> bool:
-        return budget is None or fits(question.trial(plan, budget_bytes=budget), helper)
+        if budget is None or (question.has_run and question.how is not None):
+            return True
+        return question.runs(plan, helper, budget_bytes=budget, batch_size=question.recipe.batch_size)
 
     if question.how is not None:
         return given(
@@ -150,7 +171,7 @@ def _made(question: Question, helper: Helper) -> Made:
             question.how,
             input_shape=question.input_shape,
             recipe=question.recipe,
-            runs=(lambda _: True) if question.has_run else runs,
+            runs=runs,
             device=question.device,
             objective=question.objective,
         )
@@ -168,17 +189,23 @@ def _made(question: Question, helper: Helper) -> Made:
     )
 
 
+def _would_hold(question: Question, helper: Helper) -> str:
+    """The budget to pass instead of one that does not even hold the weights."""
+    leanest = _made(question, helper).leanest or [LEAN]
+    return _advice(question, helper, leanest=leanest, changes={"--budget"})
+
+
 def _advice(
     question: Question,
-    leanest: list[UniformMode | Plan],
     helper: Helper,
     *,
+    leanest: Sequence[UniformMode | Plan],
     changes: Collection[Change] | None = None,
 ) -> str:
     assert question.budget_bytes is not None
 
     def runs(plan: UniformMode | Plan, samples: int, cap_bytes: int) -> bool:
-        return fits(question.trial(plan, budget_bytes=cap_bytes, batch_size=samples), helper)
+        return question.runs(plan, helper, budget_bytes=cap_bytes, batch_size=samples)
 
     return advise(
         question.make_model,
@@ -186,6 +213,7 @@ def _advice(
         input_shape=question.input_shape,
         batch_size=question.recipe.batch_size,
         budget_bytes=question.budget_bytes,
+        available_bytes=question.available_bytes,
         beside_bytes=question.guest.standing_bytes + question.decoding_bytes,
         runs=runs,
         device=question.device,

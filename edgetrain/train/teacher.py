@@ -53,6 +53,10 @@ class Teacher:
         self._chain: Chain | None = None
         self._asked: tuple[tuple[Group, Group], ...] = ()
 
+    def __getstate__(self) -> dict[str, object]:
+        """Another process makes the network itself, under its own cap."""
+        return {**self.__dict__, "_chain": None, "_asked": ()}
+
     @torch.no_grad()
     def __call__(self, images: Tensor, indices: Tensor | None = None) -> Answers:
         """Its answers for ``images`` (n, c, h, w)."""

@@ -13,12 +13,13 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from edgetrain.errors import BudgetError
+from edgetrain.errors import BudgetError, TrainingError
 from edgetrain.nn.slices import SLICE_BYTES
 from edgetrain.planner import Plan, UniformMode, uniform_plan
 from edgetrain.targets import return_large_blocks, select_target
@@ -34,6 +35,8 @@ from edgetrain.train.recipe import Recipe
 from edgetrain.train.trainer import Trainer
 from edgetrain.train.warm_up import warm_up
 from edgetrain.units import MIB
+
+T = TypeVar("T")
 
 EVALUATION_BATCH_SIZE = 128
 """Most samples of a test batch, in the runs of the command line and in the trials here."""
@@ -62,15 +65,13 @@ class Trial:
 
 
 def fits(trial: Trial, helper: Helper) -> bool:
-    """Whether two steps and an evaluation run inside the budget; False where the host has not that much."""
-    if trial.budget_bytes > select_target(trial.device).probe().available_bytes:
-        return False
+    """Whether two steps and an evaluation run inside the budget."""
     try:
         return helper.ask(functools.partial(_in_process, trial))
     except HelperDiedError:
         return False
     except NoHelperError:
-        return _in_thread(trial)
+        return in_fresh_thread(functools.partial(_run, trial))
 
 
 def _in_process(trial: Trial, _: Helper) -> bool:
@@ -79,18 +80,19 @@ def _in_process(trial: Trial, _: Helper) -> bool:
     return _run(trial)
 
 
-def _in_thread(trial: Trial) -> bool:
-    outcomes: list[bool] = []
-    failures: list[Exception] = []
+def in_fresh_thread(work: Callable[[], T]) -> T:
+    """What ``work`` gives, in a thread that has not failed; Ctrl-C does not wait for it."""
+    outcomes: list[T] = []
+    failures: list[BaseException] = []
 
     def attempt() -> None:
         try:
-            outcomes.append(_run(trial))
-        except Exception as error:
+            outcomes.append(work())
+        except BaseException as error:
             failures.append(error)
 
     gc.collect()
-    thread = threading.Thread(target=attempt, name="edgetrain-trial")
+    thread = threading.Thread(target=attempt, name="edgetrain-trial", daemon=True)
     thread.start()
     thread.join()
     if failures:
@@ -109,6 +111,8 @@ def _run(trial: Trial) -> bool:
         return True
     except BudgetError:  # a hard limit of the host is lower
         return False
+    except TrainingError:  # the loss of noise is not a number, which says nothing of memory
+        return True
     except Exception as error:
         if not target.is_out_of_memory(error):
             raise

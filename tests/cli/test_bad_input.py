@@ -50,7 +50,7 @@ def assert_paragraph(text: str) -> None:
 
 
 def fresh(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=120)
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
+from torch import nn
 
 from edgetrain.errors import BudgetError
 from edgetrain.models import create_model
+from edgetrain.planner import UniformMode
+from edgetrain.train import trial
 from edgetrain.train.advice import _least, _shrunk
 from edgetrain.train.helper import Helper
-from edgetrain.train.prepared import check_budget
+from edgetrain.train.prepared import Question, check_budget, prepared, would_fit
+from edgetrain.train.recipe import Recipe
 from edgetrain.train.trial import Trial, fits
 from edgetrain.units import MIB
 
@@ -46,21 +53,67 @@ def test_the_least_budget_is_found_to_a_twentieth_and_has_room_for_another_run(n
         tried.append(mib)
         return mib >= needed
 
-    named = _least(24, 77, runs)
+    named = _least(24, 77, runs, most=1000)
     found = min(mib for mib in tried if mib >= needed)
     assert needed <= found <= 1.05 * needed + 1
     assert 1.05 * found < named <= 1.05 * found + 2
     assert len(tried) <= 12
 
 
-def test_no_budget_is_named_where_none_of_twelve_runs():
+@pytest.mark.parametrize(("needed", "first", "most"), [(230, 210, 300), (40, 77, 70), (300, 10, 300), (11, 10, 11)])
+def test_the_least_budget_is_looked_for_up_to_what_the_host_has(needed: int, first: int, most: int):
+    assert needed <= _least(4, first, lambda mib: needed <= mib <= most, most=most) <= most
+
+
+@pytest.mark.parametrize("most", [3, 4, 5, 300])
+def test_no_budget_is_named_where_none_runs(most: int):
     tried: list[int] = []
-    assert _least(4, 10, lambda mib: bool(tried.append(mib))) == 0
-    assert len(tried) == 12
+    assert _least(4, 10, lambda mib: bool(tried.append(mib)), most=most) == 0
+    assert len(tried) <= 10
+    assert max(tried, default=0) <= most
+
+
+def here(*_: object) -> bool:
+    raise AssertionError("tried in this process")
+
+
+def make_here_alone() -> nn.Module:
+    """In another process nothing is left of the attempt, as after the kernel has found no memory for it."""
+    if os.environ["MADE_IN"] != str(os.getpid()):
+        os._exit(1)
+    return make()
+
+
+def question(make_model: Callable[[], nn.Module], budget_mib: int, how: UniformMode | None = "recompute") -> Question:
+    return Question(make_model, how, (1, 16, 16), Recipe(batch_size=8), budget_mib * MIB, 10**12)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the cap needs Linux")
-def test_trial_in_a_helper():
+def test_a_mode_that_was_asked_for_has_smaller_plans():
+    plans = prepared(question(make, 100))
+    assert {*plans[0].modes} <= {"recompute", "store"}
+    assert len(plans) > 1
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the cap needs Linux")
+def test_a_network_that_cannot_be_pickled_is_planned_here():
+    assert prepared(question(lambda: make(), 200))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the helper is forked")
+def test_a_helper_that_ends_is_told_and_takes_no_other_news_with_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MADE_IN", str(os.getpid()))
+    asked = question(make_here_alone, 100)
+    with pytest.raises(BudgetError, match="the process that plans the run ended"):
+        prepared(asked)
+    assert would_fit(asked, "recompute") == "raise --budget, or lower --batch-size or --image-size"
+    with pytest.raises(BudgetError, match=r"weights, gradients and momentum.+raise --budget"):
+        prepared(replace(asked, budget_bytes=MIB // 2))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the cap needs Linux")
+def test_trial_in_a_helper(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(trial, "in_fresh_thread", here)
     with Helper() as helper:
         assert fits(Trial(make, "invert_layerwise", (1, 16, 16), 4, 100 * MIB), helper)
         assert not fits(Trial(make, "invert_layerwise", (1, 16, 16), 512, 8 * MIB), helper)
