@@ -32,6 +32,7 @@ PAGES = (
             "objectives.md",
             "lite.md",
             "finetune.md",
+            "cli.md",
         )
     ),
 )
@@ -366,7 +367,26 @@ def finetune() -> str:
     return "\n".join([*lines, "", *about])
 
 
+def budgets() -> str:
+    """How a run ends under each of the budgets, from far too small to ample."""
+    document = load("budget_sweep_cpu.json")
+    if document is None:
+        return "Not measured yet."
+    lines = ["| budget | the run | its peak, pages of files left out |", "|---|---|---|"]
+    for row in sorted(document["rows"], key=lambda row: row["budget_bytes"]):
+        told, peak = f"failed with exit code {row['exit_code']}", ""
+        if row["outcome"] == "refused":
+            told = f"refused, names {row['named_bytes'] / MIB:.0f} MiB"
+        elif row["outcome"] == "trained":
+            told = "trained" + (f", fell back {row['events']} times" if row["events"] else "")
+            peak = f"{(row['peak_bytes'] - row['file_bytes']) / MIB:.1f} MiB"
+        lines.append(f"| {row['budget_bytes'] / MIB:.0f} MiB | {told} | {peak} |")
+    about = "One epoch of a hybrid network of width 8 on digits of 16x16 in batches of 64, each budget a fresh process."
+    return "\n".join([*lines, "", f"{about} {provenance(document)}"])
+
+
 TABLES = {
+    "budgets": budgets,
     "finetune": finetune,
     "lite": lite,
     "lite-cap": lite_cap,
