@@ -47,8 +47,9 @@ def load(name: str) -> dict[str, Any] | None:
 def provenance(document: dict[str, Any]) -> str:
     """One line: command, machine, versions."""
     machine, versions = document["machine"], document["versions"]
+    threads = f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
     return (
-        f"`{document['command']}`; {machine['processor']}, {machine['threads']} threads; "
+        f"`{document['command']}`; {machine['processor']}, {threads}; "
         f"Python {versions['python']}, torch {versions['torch']}; commit {versions['edgetrain']}"
     )
 
