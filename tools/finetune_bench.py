@@ -107,7 +107,7 @@ def finetuned(arguments: argparse.Namespace, runs: Path, mode: str, seed: int) -
         "confusion": result["confusion"],
         "losses": [epoch["loss"] for epoch in result["history"]],
         "peak_bytes": result["peak_bytes"],
-        "planned_bytes": result["planned_bytes"] if capped else keep_all_bytes(folder),
+        "planned_bytes": result["planned_bytes"] or step_bytes(folder),
         "budget_bytes": result["budget_bytes"],
         "events": len(result["events"]),
         "modes": dict(Counter(Plan.from_json((folder / "plan.json").read_text()).modes)),
@@ -127,14 +127,15 @@ def exported_accuracy(graph: Path, photographs: Path) -> float:
     return sum(Path(one["image"]).parent.name == one["label"] for one in found) / len(found)
 
 
-def keep_all_bytes(run: Path) -> int:
-    """Predicted peak of a step that keeps everything, as the command's price list has it."""
+def step_bytes(run: Path) -> int:
+    """Predicted peak of a step of ``run``, whose plan is of one mode and says none."""
     trained, plan = load_run(run), Plan.from_json((run / "plan.json").read_text())
     return estimate(
         trained.model,
         input_shape=trained.record.input_shape,
         batch_size=plan.input_shape[0],
         optimizer=Recipe().optimizer_for(trained.model),
+        wrap=lambda model: wrap(model, plan),
     ).peak_bytes
 
 
