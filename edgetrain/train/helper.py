@@ -194,7 +194,7 @@ def _answer(request: bytes, own: int) -> bytes:
             return pickle.dumps((pickle.loads(packed)(helper), None))
         except EdgetrainError as error:
             return pickle.dumps((None, error))
-        except Exception as error:
+        except Exception as error:  # it may not survive pickling, and is raised again by the one who asks
             return pickle.dumps((None, repr(error)))
 
 
