@@ -29,21 +29,23 @@ Bytes are counted in slots. Rounded down, the table bounds what any schedule of 
 rounded to the nearest with the remainders carried on from block to block, sums are off by no more than a slot whatever
 their length, and the schedules it gives are checked byte by byte afterwards (:mod:`edgetrain.planner.search`).
 
-The table takes O(L^2 M) memory and O(L^3 M) time for L blocks and M slots, in NumPy.
+The table takes O(L^2 M) memory and O(L^3 M) time for L blocks and M slots. It is made from the last block to the first,
+for every t at once, so NumPy is called O(L^2) times.
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
 import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from edgetrain.planner.stages import Away, Problem, Selection, Way
+from edgetrain.planner.stages import Away, Problem, Way
 from edgetrain.runtime.program import (
     INVERSIONS,
     Backward,
@@ -66,6 +68,7 @@ Rounding = Literal["nearest", "down"]
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 Slots = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
+Bytes = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 _STATES: tuple[State, ...] = get_args(State)
 _EXACT: tuple[State, ...] = ("free", "need", "hold", "near")
@@ -94,6 +97,27 @@ class Move:
     end: State = "need"
 
 
+_STORE, _SELECTIVE, _CHECKPOINT, _RECOMPUTE = Move("store"), Move("selective"), Move("checkpoint"), Move("recompute")
+_INVERT: dict[State, Move] = {end: Move("invert", end=end) for end in ("need", "near")}
+
+
+class _Part(NamedTuple):
+    """A move but for what is done in between, from z[k] on, by k from 0 to L: it asks for z[k] in a state.
+
+    Attributes:
+        held_slots: meanwhile.
+        seconds: of the move itself, (L + 1, 1).
+        beside_bytes: its most bytes beside what waits for blocks ..t to be done, (L + 1).
+        alone_bytes: its most bytes when nothing waits for those any more, (L + 1).
+    """
+
+    after: State
+    held_slots: int
+    seconds: Array
+    beside_bytes: Bytes
+    alone_bytes: Bytes
+
+
 class Table:
     """``best`` for all s, t and m.
 
@@ -113,69 +137,58 @@ class Table:
         self._count = len(problem.stages)
         self._z = np.array(problem.activation_bytes, dtype=np.int64)
         self._gradients = np.array(problem.gradients_after, dtype=np.int64)
-        # Python's own numbers, for arithmetic one at a time
-        self._z_bytes: list[int] = self._z.tolist()
-        self._gradient_bytes: list[int] = self._gradients.tolist()
         # what is there all through blocks ..t: g[t+1], and gradients of later parameters
-        self._waiting = [z + g for z, g in zip([*self._z_bytes[1:-1], 0], self._gradient_bytes[1:], strict=True)]
+        self._waiting = np.append(self._z[1:-1], 0) + self._gradients[1:]
         self._z_slots, self._saved_slots, self._products_slots = self._rounded_sizes()
         self._held_slots = {
             place.to: self._rounded([float(nbytes or 0) for nbytes in place.held_bytes]) for place in problem.places
         }
         self._forward = np.cumsum([0.0, *(stage.dropping_seconds for stage in self._stages)])
-        self._passes_from = [
-            (stage.forward_seconds + self._forward[s + 1 :] - self._forward[s + 1]).astype(np.float32)[:, None]
-            for s, stage in enumerate(self._stages)
-        ]
         self._dropping = self._z[:-1] + np.array([stage.dropping_bytes for stage in self._stages], dtype=np.int64)
         self._way_slots = self._rounded_ways()
-        shape = self._count, self._count + 1, slots + 1
-        states = _STATES if problem.rounds else _STATES[:3]
-        self._best: dict[State, Array] = {state: np.full(shape, np.inf, dtype=np.float32) for state in states}
+        self._states = [self._states_of(s) for s in range(self._count + 1)]
         self._reach: dict[State, tuple[int, ...]] = {"need": problem.reach}
         if problem.rounds:
             self._reach["near"] = problem.rounded_reach
-        self._last_ahead: tuple[Any, Array] | None = None
-        # the fewest slots from which on nothing changes any more: of each cell of the last t, the most of (t, s..) for
-        # the last t, and the most of (..t, s) for each s
-        self._settled: dict[State, dict[int, int]] = {state: {} for state in states}
-        self._settled_after = dict.fromkeys(states, 0)
-        self._settled_from = [0] * (self._count + 1)
-        self._peaks_from = [
-            np.concatenate(([np.iinfo(np.int64).min // 2], np.maximum.accumulate(self._dropping[s + 1 :])))
-            for s in range(self._count)
-        ]
-        self._inverted: dict[State, Array] = {end: np.full(shape, np.inf, dtype=np.float32) for end in self._reach}
-        for t in range(self._count):
-            runs = {end: np.full((self._count, slots + 1), np.inf, dtype=np.float32) for end in self._reach}
-            settled = dict.fromkeys(self._reach, 0)  # likewise of all rows of a run
-            self._settled_after = dict.fromkeys(states, 0)
-            for s in range(t + 1, -1, -1):
-                for end, rows in runs.items():
-                    settled[end] = self._extend(rows, t, s, end, settled[end])
-                for state in self._states(s):
-                    cell = self._best[state][t, s] = self._cell(t, s, state)
-                    self._settled[state][s] = _settled(cell)
-                for state in self._states(s):
-                    self._settled_after[state] = max(self._settled_after[state], self._settled[state][s])
-                    self._settled_from[s] = max(self._settled_from[s], self._settled[state][s])
-                for end, rows in runs.items():  # a run may end with block s-1: z[s] is then exact
-                    known = _known(rows[:s], settled[end], self._settled[end].get(s, 0))
-                    np.minimum(known, self._best[end][t, s, : known.shape[1]], out=known)
-                    settled[end] = known.shape[1] - 1
+        self._starts = {end: sorted({0, *reach}) for end, reach in self._reach.items()}
+        # by s, t and m; where t < s-1 there is nothing
+        shape = self._count + 1, self._count, slots + 1
+        states = _STATES if problem.rounds else _STATES[:3]
+        self._best: dict[State, Array] = {state: np.empty(shape, dtype=np.float32) for state in states}
+        self._inverted: dict[State, Array] = {end: np.empty(shape, dtype=np.float32) for end in self._reach}
+        # the fewest slots that are enough, by s and t
+        self._enough: dict[State, Slots] = {state: np.zeros(shape[:2], dtype=np.int32) for state in states}
+        self._fill()
+
+    def _fill(self) -> None:
+        runs = {
+            end: np.full((len(starts), self._count, self.slots + 1), np.inf, dtype=np.float32)
+            for end, starts in self._starts.items()
+        }
+        for s in range(self._count, -1, -1):
+            for end, rows in runs.items():
+                if s < self._count:
+                    self._extend(rows[:, s:], s, end)
+            for state in reversed(self._states[s]):  # a checkpoint may come back rounded
+                self._fill_cells(s, state)
+                times = self._best[state][s, max(0, s - 1) :]
+                self._enough[state][s, max(0, s - 1) :] = times.shape[1] - np.isfinite(times).sum(1)
+            for end, rows in runs.items():  # a run may end with block s-1: z[s] is then exact
+                if end in self._states[s]:
+                    _lower(rows[:, s - 1 :], self._best[end][s, s - 1 :])
 
     def seconds(self, m: int) -> float:
         """Least time of a step with ``m`` slots; infinite where there is none."""
-        return float(self._best["hold"][-1, 0, m]) + self._problem.head_seconds
+        return float(self._best["hold"][0, -1, m]) + self._problem.head_seconds
 
     def least(self) -> int | None:
         """The fewest slots in which a step is possible."""
-        feasible = np.flatnonzero(np.isfinite(self._best["hold"][-1, 0]))
+        feasible = np.flatnonzero(np.isfinite(self._best["hold"][0, -1]))
         return int(feasible[0]) if len(feasible) else None
 
     def steps(self) -> list[int]:
         """The fewest slots for each different time, fewest first."""
-        times = self._best["hold"][-1, 0]
+        times = self._best["hold"][0, -1]
         changes = np.flatnonzero(np.isfinite(times[1:]) & (times[1:] < times[:-1])) + 1
         least = self.least()
         return [] if least is None else sorted({least, *(int(m) for m in changes)})
@@ -211,16 +224,15 @@ class Table:
         slots = {how: self._rounded([float(ways.get(how, 0)) for ways in held]) for how in INVERSIONS}
         return [{how: slots[how][i] for how in ways} for i, ways in enumerate(held)]
 
-    def _threshold(self, nbytes: float) -> int:
-        """Slots without which ``nbytes`` do not fit; as :meth:`_thresholds`, which takes longer for one number."""
-        slots = nbytes / self.unit_bytes
-        return math.floor(slots) if self._rounding == "down" else math.ceil(slots - 0.5)
-
-    def _thresholds(self, nbytes: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Slots:
+    def _thresholds(self, nbytes: Bytes) -> Slots:
+        """Slots without which ``nbytes`` do not fit."""
         slots = nbytes / self.unit_bytes
         return (np.floor(slots) if self._rounding == "down" else np.ceil(slots - 0.5)).astype(np.int32)
 
-    def _states(self, s: int) -> list[State]:
+    def _threshold(self, nbytes: int) -> int:
+        return int(self._thresholds(np.array([nbytes]))[0])
+
+    def _states_of(self, s: int) -> list[State]:
         """Those in which anybody may ask for z[s]."""
         states: list[State] = ["free"] if s > 0 else []
         if s > 0 and self._stages[s - 1].ways:
@@ -234,177 +246,167 @@ class Table:
             states += ["hold rounded"] if "hold" in states and s > 0 else []
         return states
 
-    # --- the recursion
+    def _own(self, s: int, state: State) -> tuple[int, int]:
+        """Bytes and slots of z[s], none where somebody else holds it."""
+        return (0, 0) if state in _HOLD else (int(self._z[s]), self._z_slots[s])
 
-    def _cell(self, t: int, s: int, state: State) -> Array:
-        if s == t + 1:
-            own = 0 if state in _HOLD else self._z_bytes[s]
-            last = t == self._count - 1
-            needed = own + (self._problem.head_bytes if last else self._waiting[t])
-            base = np.zeros(self.slots + 1, dtype=np.float32)
-            base[: self._threshold(needed)] = np.inf
-            return base
-        best: Array | None = None
-        for _, _, values in self._candidates(t, s, state, 0, self.slots + 1):
-            least = values.min(0) if len(values) > 1 else values[0]
-            if best is None:  # to store is always a candidate, in a row of its own
-                best = least
-                continue
-            known = len(least)
-            np.minimum(best[:known], least, out=best[:known])
-            if known < len(best):
-                np.minimum(best[known:], least[-1], out=best[known:])
-        assert best is not None
-        return best
+    # --- the recursion. Of k and t one is a number and the other a slice: the table asks for every t at once, the
+    # schedule for every k. Times are in a row for each of them, without the first columns if those are all infinite
 
-    def _candidates(self, t: int, s: int, state: State, low: int, high: int) -> Iterator[tuple[Move, int, Array]]:
-        """Each move with its first k, and the time for m = low..high-1 in a row for every k from there on.
+    def _fill_cells(self, s: int, state: State) -> None:
+        """``best(s, t, m)`` for all t and m, where all later s are known, and earlier states of this."""
+        cells, columns = self._best[state][s], slice(0, self.slots + 1)
+        if s > 0:  # nothing is left but the loss, or g[s] is there
+            own, _ = self._own(s, state)
+            least = self._problem.head_bytes if s == self._count else int(self._waiting[s - 1])
+            cells[s - 1] = 0.0
+            cells[s - 1, : self._threshold(own + least)] = np.inf
+        if s == self._count:
+            return
+        cells[s:] = np.inf
+        for _, times in self._moves(s, state, slice(s, self._count), columns):
+            _lower(cells[s : s + len(times)], times)
+        checkpoints = list(self._checkpoints(s, state))
+        for k in range(s + 1, self._count):
+            for _, part, back in checkpoints:
+                _lower(cells[k:], self._between(part, s, back, k, slice(k, self._count), columns))
 
-        Rows may end earlier: from their last column on nothing changes.
-        """
-        stage, waiting = self._stages[s], self._waiting[t]
-        own, own_slots = (0, 0) if state in _HOLD else (self._z_bytes[s], self._z_slots[s])
-
-        kept = own if stage.keeps_input or state in _NEED else 0
-        kept_slots = own_slots if kept else 0
-        held = stage.saved_bytes + kept + (self._z_bytes[s + 1] if stage.keeps_output else 0)
-        held_slots = self._saved_slots[s] + kept_slots + (self._z_slots[s + 1] if stage.keeps_output else 0)
-        needed = max(
-            own + stage.forward_all_bytes + waiting,
-            held + self._z_bytes[s + 1] + stage.backward_bytes + self._gradient_bytes[s + 1],
-        )
-        after = self._best[_next(state, held=stage.keeps_output)][t, s + 1 : s + 2]
-        seconds = np.float32(stage.forward_all_seconds + stage.backward_seconds)
-        yield Move("store"), s, _sums(after, held_slots, seconds, low, high, least=self._threshold(needed))
-
-        if stage.selection is not None:
-            yield self._selective(t, s, state, stage.selection, own, own_slots, low, high)
-        if stage.recompute_seconds is not None and t > s:
-            yield from self._checkpoints(t, s, state, own, own_slots, low, high)
-        if stage.recompute_seconds is not None and t == s and t < self._count - 1:
-            needed = own + waiting + stage.recompute_bytes
-            values = np.full((1, high - low), stage.recompute_seconds, dtype=np.float32)
-            yield Move("recompute"), s, _from(values, self._threshold(needed), low)
+    def _moves(self, s: int, state: State, t: slice, columns: slice) -> Iterator[tuple[Move, Array]]:
+        """Those without a k."""
+        for move, part in self._storing(s, state):
+            yield move, self._times(part, s + 1, t, columns)
+        stage = self._stages[s]
+        if stage.recompute_seconds is not None and t.start == s < self._count - 1:
+            own, _ = self._own(s, state)
+            times = np.full((1, columns.stop - columns.start), stage.recompute_seconds, dtype=np.float32)
+            least = self._threshold(own + int(self._waiting[s]) + stage.recompute_bytes)
+            times[0, : max(0, least - columns.start)] = np.inf
+            yield _RECOMPUTE, times
         if state == "free" and stage.ways:
             for end, inverted in self._inverted.items():
-                yield Move("invert", end=end), s, inverted[t, s : s + 1, low:high]
+                yield _INVERT[end], inverted[s, t, columns]
 
-    def _selective(
-        self, t: int, s: int, state: State, selection: Selection, own: int, own_slots: int, low: int, high: int
-    ) -> tuple[Move, int, Array]:
-        output = self._z_bytes[s + 1]
-        held = own + selection.products_bytes + (output if selection.keeps_output else 0)
-        needed = max(
-            own + selection.forward_bytes + self._waiting[t],
-            held + output + selection.backward_bytes + self._gradient_bytes[s + 1],
+    def _storing(self, s: int, state: State) -> Iterator[tuple[Move, _Part]]:
+        """Ways to run block s and keep what its way back needs."""
+        stage, selection, output = self._stages[s], self._stages[s].selection, int(self._z[s + 1])
+        own, own_slots = self._own(s, state)
+        kept, kept_slots = (own, own_slots) if stage.keeps_input or state in _NEED else (0, 0)
+
+        def part(keeps_output: bool, slots: int, seconds: float, forward: int, backward: int) -> _Part:
+            shared, shared_slots = (output, self._z_slots[s + 1]) if keeps_output else (0, 0)
+            return _Part(
+                after=_next(state, held=keeps_output),
+                held_slots=slots + shared_slots,
+                seconds=np.full((self._count + 1, 1), seconds, dtype=np.float32),
+                beside_bytes=np.full(self._count + 1, own + forward),
+                alone_bytes=np.full(self._count + 1, shared + output + backward + self._gradients[s + 1]),
+            )
+
+        yield (
+            _STORE,
+            part(
+                stage.keeps_output,
+                kept_slots + self._saved_slots[s],
+                stage.forward_all_seconds + stage.backward_seconds,
+                stage.forward_all_bytes,
+                kept + stage.saved_bytes + stage.backward_bytes,
+            ),
         )
-        after = self._best[_next(state, held=selection.keeps_output)][t, s + 1 : s + 2]
-        seconds = np.float32(selection.forward_seconds + selection.backward_seconds)
-        shift, least = self._selected_slots(s, selection, own_slots), self._threshold(needed)
-        return Move("selective"), s, _sums(after, shift, seconds, low, high, least=least)
+        if selection is not None:
+            yield (
+                _SELECTIVE,
+                part(
+                    selection.keeps_output,
+                    own_slots + self._products_slots[s],
+                    selection.forward_seconds + selection.backward_seconds,
+                    selection.forward_bytes,
+                    own + selection.products_bytes + selection.backward_bytes,
+                ),
+            )
 
-    def _selected_slots(self, s: int, selection: Selection, own_slots: int) -> int:
-        return own_slots + self._products_slots[s] + (self._z_slots[s + 1] if selection.keeps_output else 0)
-
-    def _checkpoints(
-        self, t: int, s: int, state: State, own: int, own_slots: int, low: int, high: int
-    ) -> Iterator[tuple[Move, int, Array]]:
-        """k from s+1 to t, with z[s] as it is and in every other place."""
-        waiting = self._waiting[t]
-        first = own + self._stages[s].forward_bytes + waiting
-        later = self._dropping[s + 1 : t]
-        ahead = self._ahead(t, s, _next(state, held=False), own_slots, (first, own + waiting), low, high)
-        yield Move("checkpoint"), s + 1, ahead + self._best[state][s:t, s, low : low + ahead.shape[1]]
+    def _checkpoints(self, s: int, state: State) -> Iterator[tuple[Move, _Part, State]]:
+        """Ways to keep z[s] while blocks k..t are done, and the state in which blocks s..k-1 find it."""
+        stage = self._stages[s]
+        if stage.recompute_seconds is None:
+            return
+        own, own_slots = self._own(s, state)
+        passes = np.zeros((self._count + 1, 1), dtype=np.float32)
+        passes[s + 1 :, 0] = stage.forward_seconds + self._forward[s + 1 :] - self._forward[s + 1]
+        later = np.zeros(self._count + 1, dtype=np.int64)
+        later[s + 2 :] = np.maximum.accumulate(self._dropping[s + 1 :])
+        after = _next(state, held=False)
+        first = own + stage.forward_bytes
+        yield _CHECKPOINT, _Part(after, own_slots, passes, np.maximum(first, own + later), np.zeros_like(later)), state
         if state in _HOLD:
             return
-        forward = self._passes(t, s)
-        rest = self._best[_next(state, held=False)][t, s + 1 : t + 1]
         for place in self._problem.places:
             held, back = place.held_bytes[s], state if place.exact else _WHEN_ROUNDED.get(state)
             if held is None or back is None:
                 continue
-            leaving = max(first, own + held + self._z_bytes[s + 1] + waiting)
-            coming = own + held + self._z[s + 1 : t + 1] + self._gradients[s + 1 : t + 1]
-            peaks = np.maximum.accumulate(np.concatenate(([leaving], later + held + waiting)))
-            passes = forward + np.float32(2 * own * place.seconds_per_byte)
-            values = _sums(rest, self._held_slots[place.to][s], passes, low, high)
-            values += self._best[back][s:t, s, low:high]
-            yield Move("checkpoint", place), s + 1, _from(values, self._thresholds(np.maximum(peaks, coming)), low)
+            leaving = max(first, own + held + int(self._z[s + 1]))
+            seconds = passes + np.float32(2 * own * place.seconds_per_byte)
+            beside, alone = np.maximum(leaving, later + held), own + held + self._z + self._gradients
+            yield Move("checkpoint", place), _Part(after, self._held_slots[place.to][s], seconds, beside, alone), back
 
-    def _passes(self, t: int, s: int) -> Array:
-        """Seconds from z[s] to z[k] for each k from s+1 to t, (t - s, 1)."""
-        return self._passes_from[s][: t - s]
+    def _between(self, part: _Part, s: int, back: State, k: int | slice, t: int | slice, columns: slice) -> Array:
+        """Of blocks s..t with z[s] kept while blocks k..t are done."""
+        before = k - 1 if isinstance(k, int) else slice(k.start - 1, k.stop - 1)
+        return self._times(part, k, t, columns, self._best[back][s, before, columns])
 
-    def _ahead(self, t: int, s: int, after: State, own_slots: int, held: tuple[int, int], low: int, high: int) -> Array:
-        """Seconds from z[s] to z[k] and of blocks k..t from there, z[s] kept in ``own_slots``, for k from s+1 to t.
+    def _times(self, part: _Part, k: int | slice, t: int | slice, columns: slice, rest: Array | None = None) -> Array:
+        """Of blocks k..t with what the move holds beside them, of the move, and the rest in the same columns."""
+        low, high = min(max(columns.start, part.held_slots), columns.stop), columns.stop
+        others = part.seconds[k] if rest is None else part.seconds[k] + rest[..., low - columns.start :]
+        times = self._best[part.after][k, t, low - part.held_slots : high - part.held_slots] + others
+        least = self._thresholds(np.maximum(self._waiting[t] + part.beside_bytes[k], part.alone_bytes[k]))
+        # most moves need less for themselves than what they hold and the blocks after them do
+        short = least > self._enough[part.after][k, t] + part.held_slots
+        for row in short.nonzero()[0].tolist():
+            times[row, : max(0, int(least[row]) - low)] = np.inf
+        return times
 
-        Columns from which on neither this nor the time of blocks s..k-1 changes are left out but for the first.
-        States of z[s] that differ in what comes afterwards ask for the same, one after the other: the last answer is
-        kept.
+    # --- runs of inversions: rows[c, t] is the least time from z[s] on if the run begins at one of the blocks from
+    # self._starts[end][c] to the next of those, between which it makes no difference
 
-        Args:
-            held: bytes of the pass of block s, and beside each later pass.
-        """
-        key = t, s, after, own_slots, held, low, high
-        if self._last_ahead is None or self._last_ahead[0] != key:
-            first, beside = held
-            thresholds = self._thresholds(np.maximum(self._peaks_from[s][: t - s] + beside, first))
-            settled = max(int(thresholds[-1]), own_slots + self._settled_after[after], self._settled_from[s])
-            high = min(high, max(low, settled) + 1)
-            sums = _sums(self._best[after][t, s + 1 : t + 1], own_slots, self._passes(t, s), low, high)
-            self._last_ahead = key, _from(sums, thresholds, low)
-        return self._last_ahead[1]
-
-    # --- runs of inversions: rows[r] is the least time from z[s] on if the run began at block r
-
-    def _extend(self, rows: Array, t: int, s: int, end: State, settled: int) -> int:
-        """From z[s+1] to z[s], block s among those that are inverted, if that is not too far from the run's end.
-
-        Args:
-            settled: the last column of ``rows`` that is kept up to date, as nothing changes from there on; the new one
-                is given back.
-        """
-        if s > t:
-            return settled
-        first, ways = self._reach[end][s], self._stages[s].ways
-        rows[: first if ways else s + 1] = np.inf
+    def _extend(self, rows: Array, s: int, end: State) -> None:
+        """From z[s+1] to z[s], block s among those that are inverted, if that is not too far from the run's end."""
+        ways, starts = self._stages[s].ways, self._starts[end]
+        first, last = (bisect.bisect_right(starts, start) - 1 for start in (self._reach[end][s], s))
+        rows[: first if ways else last + 1] = np.inf
         if ways:
-            least = [self._least_of(t, s, way) for way in ways]
-            spent = [settled + self._way_slots[s][way.how] for way in ways]
-            after = _known(rows[first : s + 1], settled, min(self.slots, max(*spent, *least)))
-            settled = after.shape[1] - 1
-            through = [_inverting(after, self._way_slots[s], way, least[k]) for k, way in enumerate(ways)]
-            after[:] = functools.reduce(_lower, through)
-        self._inverted[end][t, s, :settled] = rows[s, :settled]
-        self._inverted[end][t, s, settled:] = rows[s, settled]
-        return settled
+            after = rows[first : last + 1]
+            after[:] = functools.reduce(_lower, [self._through(after, slice(s, self._count), s, way) for way in ways])
+            self._inverted[end][s, s:] = rows[last]
 
-    def _through(self, after: Array, t: int, i: int, way: Way) -> Array:
-        """The time from z[i] on, from that from z[i+1] on, where block i is inverted in that way."""
-        return _inverting(after, self._way_slots[i], way, self._least_of(t, i, way))
-
-    def _least_of(self, t: int, i: int, way: Way) -> int:
-        """Slots without which block i cannot be inverted in that way."""
-        forward = self._z_bytes[i] + way.forward_bytes + self._waiting[t]
-        backward = 2 * self._z_bytes[i + 1] + way.held_bytes + way.peak_bytes + self._gradient_bytes[i + 1]
-        return self._threshold(max(forward, backward))
+    def _through(self, after: Array, t: slice, i: int, way: Way) -> Array:
+        """The times from z[i] on, from those from z[i+1] on, where block i is inverted in that way."""
+        slots = self._way_slots[i][way.how]
+        backward = 2 * self._z[i + 1] + way.held_bytes + way.peak_bytes + self._gradients[i + 1]
+        least = self._thresholds(np.maximum(self._z[i] + way.forward_bytes + self._waiting[t], backward))
+        times, left = np.empty_like(after), max(0, self.slots + 1 - slots)
+        np.add(after[..., :left], np.float32(way.forward_seconds + way.seconds), out=times[..., slots:])
+        times[..., :slots] = np.inf
+        for row, m in enumerate(least.tolist()):
+            if m > slots:
+                times[..., row, :m] = np.inf
+        return times
 
     def _run(self, t: int, s: int, end: State, m: int) -> tuple[list[Way], int]:
         """How blocks s, s+1, ... are inverted in the run behind :attr:`_inverted`, and the slots that are left."""
         stop = s
         while stop <= t and self._stages[stop].ways and self._reach[end][stop] <= s:
             stop += 1
-        ending = self._best[end][t]
+        ending, only = self._best[end][:, t], slice(t, t + 1)
         times = {stop: ending[stop : stop + 1]}  # by block, as the rows above for a run that began at s
         for i in reversed(range(s, stop)):
-            through = [self._through(times[i + 1], t, i, way) for way in self._stages[i].ways]
+            through = [self._through(times[i + 1], only, i, way) for way in self._stages[i].ways]
             times[i] = functools.reduce(np.minimum, through if i == s else [*through, ending[i : i + 1]])
         chosen: list[Way] = []
         for i in range(s, stop):
             if chosen and ending[i, m] <= times[i][0, m]:
                 break
             ways = self._stages[i].ways
-            chosen.append(min(ways, key=lambda way: self._through(times[i + 1], t, i, way)[0, m]))
+            chosen.append(min(ways, key=lambda way: self._through(times[i + 1], only, i, way)[0, m]))
             m -= self._way_slots[i][chosen[-1].how]
         return chosen, m
 
@@ -419,41 +421,29 @@ class Table:
             return
         move, k = self._choice(t, s, state, m)
         again = t < self._count - 1
-        stage = self._stages[s]
-        own_slots = 0 if state in _HOLD else self._z_slots[s]
         is_free = state in ("free", "free rounded")
-        if move.kind == "store":
-            steps += _pass(s, s, "all", again=again)
-            if is_free:
+        if move.kind in ("store", "selective"):
+            part = dict(self._storing(s, state))[move]
+            output_held = part.after in _HOLD
+            steps += _pass(s, s, "all" if move.kind == "store" else "products", again=again)
+            if is_free and move.kind == "store":
                 steps.append(Free(s))
-            kept_slots = own_slots if stage.keeps_input or state in _NEED else 0
-            held = self._saved_slots[s] + kept_slots + (self._z_slots[s + 1] if stage.keeps_output else 0)
-            self._emit(steps, t, s + 1, _next(state, held=stage.keeps_output), m - held)
-            if stage.keeps_output:
-                steps.append(Free(s + 1))
-            steps.append(Backward(s, "saved"))
-        elif move.kind == "selective":
-            assert stage.selection is not None
-            output_held = stage.selection.keeps_output
-            steps += _pass(s, s, "products", again=again)
-            left = m - self._selected_slots(s, stage.selection, own_slots)
-            self._emit(steps, t, s + 1, _next(state, held=output_held), left)
+            self._emit(steps, t, s + 1, part.after, m - part.held_slots)
             if output_held:
                 steps.append(Free(s + 1))
-            steps.append(Backward(s, "selective"))
-            if is_free:
+            steps.append(Backward(s, "saved" if move.kind == "store" else "selective"))
+            if is_free and move.kind == "selective":
                 steps.append(Free(s))
         elif move.kind == "checkpoint":
-            place = move.place
+            part, back = next((part, back) for found, part, back in self._checkpoints(s, state) if found == move)
             steps += _pass(s, s, "input", again=again)
-            if place is not None:
-                steps.append(Offload(s, place.to))
+            if move.place is not None:
+                steps.append(Offload(s, move.place.to))
             steps += _pass(s + 1, k - 1, "nothing", again=again)
-            held = own_slots if place is None else self._held_slots[place.to][s]
-            self._emit(steps, t, k, _next(state, held=False), m - held)
-            if place is not None:
+            self._emit(steps, t, k, part.after, m - part.held_slots)
+            if move.place is not None:
                 steps.append(Fetch(s))
-            self._emit(steps, k - 1, s, state if place is None or place.exact else _WHEN_ROUNDED[state], m)
+            self._emit(steps, k - 1, s, back, m)
         elif move.kind == "recompute":
             steps.append(Backward(s, "recompute"))
             if is_free:
@@ -469,14 +459,16 @@ class Table:
 
     def _choice(self, t: int, s: int, state: State, m: int) -> tuple[Move, int]:
         """The move behind ``best``, and its k."""
-        best: tuple[float, Move, int] | None = None
-        for move, first, values in self._candidates(t, s, state, m, m + 1):
-            row = int(values[:, 0].argmin())
-            if best is None or values[row, 0] < best[0]:
-                best = float(values[row, 0]), move, first + row
-        assert best is not None
-        assert np.isfinite(best[0])
-        return best[1], best[2]
+        columns = slice(m, m + 1)
+        found = [(_time(times[0]), move, s) for move, times in self._moves(s, state, slice(t, t + 1), columns)]
+        for move, part, back in self._checkpoints(s, state) if t > s else ():
+            times = self._between(part, s, back, slice(s + 1, t + 1), t, columns)
+            if times.shape[1]:
+                row = int(times[:, 0].argmin())
+                found.append((float(times[row, 0]), move, s + 1 + row))
+        seconds, move, k = min(found, key=lambda one: one[0])
+        assert np.isfinite(seconds)
+        return move, k
 
 
 def _next(state: State, *, held: bool) -> State:
@@ -486,52 +478,16 @@ def _next(state: State, *, held: bool) -> State:
     return "hold rounded" if held else "free rounded"
 
 
-def _inverting(after: Array, slots: dict[Inversion, int], way: Way, least: int) -> Array:
-    """``after`` with a block inverted in that way before it, of which it keeps ``slots``; infinite below ``least``."""
-    return _sums(after, slots[way.how], np.float32(way.forward_seconds + way.seconds), 0, after.shape[1], least=least)
+def _lower(known: Array, times: Array) -> Array:
+    """The smaller of each two times, in place of those known; ``times`` may begin with a later column."""
+    later = known[..., known.shape[-1] - times.shape[-1] :]
+    np.minimum(later, times, out=later)
+    return known
 
 
-def _known(rows: Array, settled: int, wanted: int) -> Array:
-    """The columns of ``rows`` up to ``wanted``, or ``settled`` if that is later, from which on all are like it."""
-    if wanted > settled:
-        rows[:, settled + 1 : wanted + 1] = rows[:, settled : settled + 1]
-    return rows[:, : max(settled, wanted) + 1]
-
-
-def _lower(one: Array, other: Array) -> Array:
-    """The smaller of each two numbers, in place of ``one``."""
-    return np.minimum(one, other, out=one)
-
-
-def _settled(times: Array) -> int:
-    """The first of ``times``, one per number of slots, that is that of all after it."""
-    others = times != times[-1]
-    last = len(times) - 1 - int(others[::-1].argmax())
-    return last + 1 if others[last] else 0
-
-
-def _sums(rows: Array, shift: int, seconds: Array | np.float32, low: int, high: int, *, least: int = 0) -> Array:
-    """``rows[:, low - shift : high - shift] + seconds``, infinite before the first column and below ``least``."""
-    sums = np.empty((rows.shape[0], high - low), dtype=np.float32)
-    begin = min(max(low, shift, least), high)
-    sums[:, : begin - low] = np.inf
-    np.add(rows[:, begin - shift : high - shift], seconds, out=sums[:, begin - low :])
-    return sums
-
-
-def _from(values: Array, thresholds: Slots | int, low: int) -> Array:
-    """``values`` with infinity in row r where m is below ``thresholds[r]``, or one for all; overwritten."""
-    if isinstance(thresholds, int):
-        values[:, : max(0, thresholds - low)] = np.inf
-        return values
-    begin, end = (
-        min(max(int(thresholds[k]) - low, 0), values.shape[1]) for k in (thresholds.argmin(), thresholds.argmax())
-    )
-    values[:, :begin] = np.inf
-    if end > begin:
-        columns = np.arange(low + begin, low + end, dtype=np.int32)
-        np.copyto(values[:, begin:end], np.float32(np.inf), where=columns < thresholds[:, None])
-    return values
+def _time(times: Array) -> float:
+    """The one in it, or infinity."""
+    return float(times[0]) if len(times) else math.inf
 
 
 def _pass(first: int, last: int, keep: Keep, *, again: bool) -> list[Instruction]:
