@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -111,6 +111,27 @@ class Noise:
         """
         runs = (self.run_snrs(last, way=way, output_nsr=output_nsr) for last in range(len(self.blocks)))
         return tuple(last + 1 - sum(ratio >= limit for ratio in run) for last, run in enumerate(runs))
+
+    def forbidden(self, limit: float) -> tuple[dict[Way, float], ...]:
+        """For each block the ways that fall below ``limit`` even from an exact output, and the SNR that they leave."""
+        return tuple(
+            {
+                way: self.run_snr(i, i, way=way)
+                for way in get_args(Way)
+                if block is not None and self.run_snr(i, i, way=way) < limit
+            }
+            for i, block in enumerate(self.blocks)
+        )
+
+    def without_hidden(self, computed: Sequence[bool]) -> Noise:
+        """The same chain where the hidden activations of the blocks that are ``computed`` again are not inverted."""
+        return replace(
+            self,
+            blocks=tuple(
+                block and (replace(block, hidden_gain=0.0, hidden_own=0.0) if again else block)
+                for block, again in zip(self.blocks, computed, strict=True)
+            ),
+        )
 
     def snrs(self, modes: Sequence[Mode], *, rounded: Collection[int] = ()) -> tuple[float, ...]:
         """Smallest SNR met in every block under one mode per block; infinite where nothing is inverted or rounded.

@@ -89,7 +89,8 @@ def plan(
             memory until the end of the step. The optimiser is given to :func:`edgetrain.wrap`.
         micro_batches: parts of a batch; None: one where the batch norm is live, else the number with the fastest step.
         allow_ghost_batchnorm: allow parts although batch norm then sees other statistics: as few as fit.
-        snr_limit: least ratio of signal to noise of an activation that was inverted, or rounded.
+        snr_limit: least ratio of signal to noise of an activation that was inverted, or rounded; infinity: what is
+            inverted comes back as it was, so blocks that leave noise are stored or run again.
         stored_precision: ``"bf16"``: an input that is kept until its block is run again, or an inversion starts from
             it, may wait in bfloat16, at half its bytes. Gradients then differ by that rounding: at most 2^-8 of each
             value that waits. None: no activation is rounded.
@@ -192,10 +193,11 @@ class Planner:
         }
         self._any_times: Times | None = None
         self._noise = None if noise is None else noise.in_dtype(DTYPES[precision])
-        self._reach = self._rounded_reach = None
+        self._reach = self._rounded_reach = self._too_noisy = None
         if self._noise is not None:
             self._reach = reach_of(self._noise, snr_limit)
             self._rounded_reach = reach_of(self._noise, snr_limit, output_nsr=BFLOAT16_NSR)
+            self._too_noisy = self._noise.forbidden(snr_limit)
         self._stored = stored_precision
         self._costs: dict[int, Costs] = {}
         self._searches: dict[int, tuple[Search, Times]] = {}
@@ -226,7 +228,7 @@ class Planner:
             return None
         modes = modes_of(best.candidate.program)
         costs, (search, times) = self.costs(best.samples), self._search(best.samples)
-        reasons, rejected = explain(best.candidate.program, self._blocks, costs, times)
+        reasons, rejected = explain(best.candidate.program, self._blocks, costs, times, self._too_noisy)
         fastest = replace(best.candidate, seconds=search.bound_seconds(best.limit_bytes))
         return Plan(
             modes,
@@ -325,6 +327,7 @@ class Planner:
                 times,
                 reach=self._reach,
                 rounded_reach=self._rounded_reach,
+                too_noisy=self._too_noisy,
                 offload=self.place.offload,
                 stored_bfloat16=self._stored == "bf16",
                 update_in_backward=self.updates_in_backward,

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from edgetrain.chain import MODES, Block, Mode
 from edgetrain.memory import BlockCosts, Costs
 from edgetrain.memory.times import BlockTimes, Times
 from edgetrain.planner.plans import Alternative
-from edgetrain.runtime.program import INVERSIONS, Backward, Fetch, Forward, Offload, Place, Program, Recompute
+from edgetrain.runtime.program import (
+    INVERSIONS,
+    Backward,
+    Fetch,
+    Forward,
+    Inversion,
+    Offload,
+    Place,
+    Program,
+    Recompute,
+)
 from edgetrain.units import format_mib
 
 _PLACES: dict[Place, str] = {"host": "the host's memory", "disk": "a file", "bfloat16": "bfloat16"}
@@ -47,9 +57,17 @@ def rounded_in(program: Program) -> frozenset[int]:
 
 
 def explain(
-    program: Program, blocks: Sequence[Block], costs: Costs, times: Times
+    program: Program,
+    blocks: Sequence[Block],
+    costs: Costs,
+    times: Times,
+    too_noisy: Sequence[Mapping[Inversion, float]] | None = None,
 ) -> tuple[tuple[str, ...], tuple[tuple[Alternative, ...], ...]]:
-    """A reason for every block, and for everything that it does not do."""
+    """A reason for every block, and for everything that it does not do.
+
+    Args:
+        too_noisy: for each block the modes that noise forbids, with their signal-to-noise ratio; None: no noise.
+    """
     runs = Counter[int]()
     for step in program.instructions:
         if isinstance(step, Forward):
@@ -63,7 +81,8 @@ def explain(
     reasons, rejected = [], []
     for i, (block, mode) in enumerate(zip(blocks, modes, strict=True)):
         reasons.append(_reason(i, mode, runs[i], costs.blocks[i], times.blocks[i], places.get(i)))
-        rejected.append(tuple(_others(block, mode, costs.blocks[i], times.blocks[i])))
+        noisy = {} if too_noisy is None else too_noisy[i]
+        rejected.append(tuple(_others(block, mode, costs.blocks[i], times.blocks[i], noisy)))
     return tuple(reasons), tuple(rejected)
 
 
@@ -92,13 +111,18 @@ def _reason(i: int, mode: Mode, runs: int, cost: BlockCosts, time: BlockTimes, p
     return f"its input comes back from its output, {held}: spares {format_mib(spared)} for {1e3 * extra:.1f} ms"
 
 
-def _others(block: Block, chosen: Mode, cost: BlockCosts, time: BlockTimes) -> list[Alternative]:
+def _others(
+    block: Block, chosen: Mode, cost: BlockCosts, time: BlockTimes, too_noisy: Mapping[Inversion, float]
+) -> list[Alternative]:
     found = []
     for mode in MODES:
         if mode == chosen:
             continue
         if not block.allows(mode):
             found.append(Alternative(mode, block.refusals[mode]))
+            continue
+        if mode in INVERSIONS and mode in too_noisy:
+            found.append(Alternative(mode, f"would leave a signal-to-noise ratio of {too_noisy[mode]:.1e}"))
             continue
         difference = _extra(time, mode) - _extra(time, chosen)
         slower = f"{1e3 * abs(difference):.1f} ms {'more' if difference > 0 else 'less'}"

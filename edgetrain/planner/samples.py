@@ -77,10 +77,13 @@ def probed_noise(model: nn.Module, input_shape: tuple[int, int, int]) -> Noise:
 
 
 def reach_of(noise: Noise, snr_limit: float, *, output_nsr: float = 0.0) -> tuple[int, ...]:
-    """For every block the first one of the longest run of inversions that ends at it.
+    """For every block the first one of the longest run of inversions that ends at it, whatever the ways in the run.
+
+    Blocks that are too noisy to be inverted layer by layer at all are taken not to be.
 
     Args:
         output_nsr: ratio of noise to signal from which a run starts.
     """
+    noise = noise.without_hidden(["invert_layerwise" in ways for ways in noise.forbidden(snr_limit)])
     runs = [noise.longest_runs(snr_limit, way=way, output_nsr=output_nsr) for way in ("invert", "invert_layerwise")]
     return tuple(max(firsts) for firsts in zip(*runs, strict=True))

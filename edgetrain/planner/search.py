@@ -8,7 +8,7 @@ one fits. Uniform modes, one way for all blocks, are candidates too: no plan is 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
@@ -19,7 +19,7 @@ from edgetrain.planner.dynamic import Table
 from edgetrain.planner.schedule import schedule
 from edgetrain.planner.stages import problem_of
 from edgetrain.planner.uniform import UNIFORM_MODES, UniformMode, decide
-from edgetrain.runtime.program import INVERSIONS, Instruction, Program
+from edgetrain.runtime.program import INVERSIONS, Instruction, Inversion, Program
 
 _CLOCK_ERROR = 0.03
 """Part of a step's time that measured times do not resolve."""
@@ -50,6 +50,7 @@ class Search:
         times: seconds of every instruction.
         reach: how far runs of inversions may go, :class:`edgetrain.planner.stages.Problem`; None: anywhere.
         rounded_reach: likewise from a rounded activation.
+        too_noisy: for each block the ways of inverting it that noise forbids; None: none.
         offload: whether activations may go to the host's memory.
         stored_bfloat16: whether they may be kept in bfloat16.
         update_in_backward: whether the optimiser steps block by block.
@@ -64,6 +65,7 @@ class Search:
         *,
         reach: Sequence[int] | None = None,
         rounded_reach: Sequence[int] | None = None,
+        too_noisy: Sequence[Collection[Inversion]] | None = None,
         offload: bool = False,
         stored_bfloat16: bool = False,
         update_in_backward: bool = False,
@@ -71,13 +73,14 @@ class Search:
     ) -> None:
         self._blocks, self._costs, self._times, self._slots = blocks, costs, times, slots
         self._update = update_in_backward
-        self._reach = reach
+        self._reach, self._too_noisy = reach, too_noisy
         self._problem = problem_of(
             blocks,
             costs,
             times,
             reach=reach,
             rounded_reach=rounded_reach,
+            too_noisy=too_noisy,
             offload=offload,
             stored_bfloat16=stored_bfloat16,
             update_in_backward=update_in_backward,
@@ -195,7 +198,7 @@ class Search:
                 last = None
                 continue
             last = i if last is None else last
-            if self._reach[last] > i:
+            if self._reach[last] > i or (self._too_noisy is not None and modes[i] in self._too_noisy[i]):
                 return False
         return True
 

@@ -7,7 +7,7 @@ frees half way) the search makes good by simulating what it finds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from edgetrain.chain import Block
@@ -160,6 +160,7 @@ def problem_of(
     *,
     reach: Sequence[int] | None = None,
     rounded_reach: Sequence[int] | None = None,
+    too_noisy: Sequence[Collection[Inversion]] | None = None,
     offload: bool = False,
     stored_bfloat16: bool = False,
     update_in_backward: bool = False,
@@ -170,6 +171,7 @@ def problem_of(
         costs: bytes of their instructions.
         times: seconds of their instructions.
         reach: as in :class:`Problem`, like ``rounded_reach``; None: an inversion has no noise worth speaking of.
+        too_noisy: for each block the ways of inverting it that noise forbids; None: none.
         offload: whether activations may go to the memory of the host.
         stored_bfloat16: whether they may be kept in bfloat16.
         update_in_backward: whether the optimiser steps block by block.
@@ -185,7 +187,8 @@ def problem_of(
         if update_in_backward:
             update = cost.effects.get(("update", None, None))
             after = max(0, sizes[i] - sizes[i + 1]) + cost.gradient_bytes + (update.peak_bytes if update else 0)
-        ways = [_way(how, cost, time, sizes, i, after) for how in INVERSIONS if block.allows(how)]
+        noisy = () if too_noisy is None else too_noisy[i]
+        ways = [_way(how, cost, time, sizes, i, after) for how in INVERSIONS if block.allows(how) and how not in noisy]
         stages.append(
             Stage(
                 output_bytes=sizes[i + 1],

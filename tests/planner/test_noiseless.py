@@ -1,0 +1,84 @@
+"""Plans that may leave no noise: what is inverted comes back bit for bit, so a run is the one that keeps everything."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edgetrain import wrap
+from edgetrain.chain import measure_noise
+from edgetrain.memory.rates import INSTRUCTION_SECONDS, START_SECONDS, OperatorRates
+from edgetrain.models import create_model
+from edgetrain.planner import Plan, Planner
+
+SHAPE, BATCH = (3, 32, 32), 8
+RATES = OperatorRates({1: 1e10}, 1e10, 5e9, START_SECONDS["cpu"], INSTRUCTION_SECONDS, "made up")
+
+
+def network(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return create_model(name, **({} if name.startswith("revnet") else {"width": 8}))
+
+
+def plans(model: nn.Module, *, snr_limit: float) -> list[Plan]:
+    """At shares of what keeping everything takes, from the leanest that there is."""
+    noise = measure_noise(model, torch.randn(BATCH, *SHAPE))
+    planner = Planner(model, input_shape=SHAPE, batch_size=BATCH, snr_limit=snr_limit, times=RATES, noise=noise)
+    least, most = planner.least().peak_bytes, planner.front()[-1].peak_bytes
+    return [planner.plan(round(least + share * (most - least))) for share in (0.0, 0.2, 0.5)]
+
+
+def step(model: nn.Module, plan: Plan | None) -> list[Tensor]:
+    """Loss, gradients and running statistics of one step; ``plan`` None: by plain autograd."""
+    torch.manual_seed(1)
+    net = copy.deepcopy(model)
+    x, labels = torch.randn(BATCH, *SHAPE), torch.randint(0, 10, (BATCH,))
+    loss = F.cross_entropy((net if plan is None else wrap(net, plan))(x), labels)
+    loss.backward()
+    gradients = [p.grad for p in net.parameters() if p.grad is not None]
+    return [loss.detach(), *gradients, *(buffer.clone() for buffer in net.buffers())]
+
+
+@pytest.mark.parametrize("name", ["hybrid18-exact", "revnet18-exact", "irevnet18-exact"])
+def test_exact_blocks_are_inverted_and_a_step_has_the_bits_of_plain_autograd(name: str) -> None:
+    model = network(name)
+    expected, found = step(model, None), plans(model, snr_limit=math.inf)
+    for plan in found:
+        assert set(plan.snrs) == {math.inf}
+        assert all(torch.equal(one, other) for one, other in zip(step(model, plan), expected, strict=True))
+    stages = [i for i, block in enumerate(found[0].program.names) if block.startswith("stage")]
+    assert any(found[0].modes[i].startswith("invert") for i in stages)
+
+
+def test_other_blocks_are_not_inverted_and_the_plan_says_what_noise_they_would_leave() -> None:
+    """Their forward passes in place differ from those of autograd by round-off, so their bits are not asked for."""
+    model = network("hybrid18")
+    expected = step(model, None)
+    for plan in plans(model, snr_limit=math.inf):
+        stages = [i for i, block in enumerate(plan.program.names) if block.startswith("stage")]
+        assert not any(plan.modes[i].startswith("invert") for i in stages)
+        told = {other.name: other.reason for other in plan.rejected[stages[0]]}
+        assert "signal-to-noise ratio" in told["invert"]
+        assert "signal-to-noise ratio" in told["invert_layerwise"]
+        for one, other in zip(step(model, plan), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_block_whose_hidden_layers_are_too_noisy_one_by_one_is_inverted_as_a_whole() -> None:
+    model = network("hybrid18-exact")
+    noise = measure_noise(model, torch.randn(BATCH, *SHAPE))
+    limit = 2 / max(block.hidden_own for block in noise.blocks if block is not None)
+    forbidden = noise.forbidden(limit)
+    assert any("invert_layerwise" in ways and "invert" not in ways for ways in forbidden)
+    found = plans(model, snr_limit=limit)
+    for plan in found:
+        assert min(plan.snrs) >= limit
+        assert not any(mode in ways for mode, ways in zip(plan.modes, forbidden, strict=True))
+    assert any(
+        "invert_layerwise" in ways and mode == "invert" for mode, ways in zip(found[0].modes, forbidden, strict=True)
+    )
