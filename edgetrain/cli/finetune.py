@@ -9,7 +9,17 @@ from typing import Annotated
 import typer
 
 from edgetrain.cli import objective_options
-from edgetrain.cli.train import PLANNED, CheckpointEvery, MaxTemp, PauseFile, check_mode, check_rate
+from edgetrain.cli.train import (
+    DEFAULT_SNR_LIMIT,
+    PLANNED,
+    CheckpointEvery,
+    MaxTemp,
+    PauseFile,
+    SnrLimit,
+    check_mode,
+    check_rate,
+    check_snr_limit,
+)
 from edgetrain.errors import UsageError, near_matches
 
 
@@ -46,6 +56,7 @@ def finetune(
     epochs: Annotated[int, typer.Option(min=1)] = 30,
     batch_size: Annotated[int, typer.Option(min=2)] = 32,
     mode: Annotated[str, typer.Option(help="planned, or one mode for all blocks, as of edgetrain train.")] = PLANNED,
+    snr_limit: SnrLimit = DEFAULT_SNR_LIMIT,
     objective: Annotated[
         str, typer.Option(help="cross-entropy, distillation or attention-transfer, from --teacher.")
     ] = "cross-entropy",
@@ -72,6 +83,7 @@ def finetune(
 ) -> None:
     """Adapt a trained network to your images inside a hard memory cap, evaluate it and export it."""
     check_mode(mode)
+    check_snr_limit(snr_limit, made=mode == PLANNED)
     check_rate(learning_rate)
     _check_choice("--batch-norm", batch_norm, ["live", "fixed"])
     _check_choice("--balance", balance, ["sampling", "root", "loss", "none"])
@@ -108,6 +120,7 @@ def finetune(
         epochs=epochs,
         batch_size=batch_size,
         mode=mode,
+        snr_limit=snr_limit,
         image_size=image_size,
         learning_rate=learning_rate,
         seed=seed,

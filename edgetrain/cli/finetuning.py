@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -73,6 +74,7 @@ def prepare(
     epochs: int,
     batch_size: int,
     mode: str,
+    snr_limit: float,
     image_size: int | None,
     learning_rate: float | None,
     seed: int,
@@ -111,6 +113,7 @@ def prepare(
             checkpoint_every=checkpoint_every,
             objective=objective,
             threads=torch.get_num_threads(),
+            snr_limit=snr_limit if math.isfinite(snr_limit) else None,
         ),
         finetuning=Finetuning(
             source=origin.source,

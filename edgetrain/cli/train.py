@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from edgetrain.train.run_record import ObjectiveRecord, RunRecord
 
 PLANNED = "planned"
+DEFAULT_SNR_LIMIT = 1e4
+SnrLimit = Annotated[
+    float,
+    typer.Option(help="Least signal over noise of what a plan inverts; inf: what is inverted comes back as it was."),
+]
 CheckpointEvery = Annotated[
     int | None, typer.Option(min=1, help="Save after that many steps too, not only after each epoch.")
 ]
@@ -53,6 +58,7 @@ def train(
     update_in_backward: Annotated[
         bool, typer.Option("--update-in-backward", help="A plan that steps the optimiser block by block.")
     ] = False,
+    snr_limit: SnrLimit = DEFAULT_SNR_LIMIT,
     sample_modules: Annotated[
         str | None,
         typer.Option(help="Residual modules of each stage that run in a step, 1/2 or 5,4,4; changes training."),
@@ -114,6 +120,7 @@ def train(
         mode=mode,
         plan_file=plan,
         update_in_backward=update_in_backward,
+        snr_limit=snr_limit,
         sample_modules=sample_modules,
         freeze=freeze,
         image_size=image_size,
@@ -184,6 +191,7 @@ def run_training(
     mode: str,
     plan_file: Path | None = None,
     update_in_backward: bool = False,
+    snr_limit: float = DEFAULT_SNR_LIMIT,
     sample_modules: str | None = None,
     freeze: int = 0,
     image_size: int | None,
@@ -227,6 +235,7 @@ def run_training(
             expected="one that a plan is made for",
             action="leave --mode and --plan out, or make the plan with --update-in-backward",
         )
+    check_snr_limit(snr_limit, made=mode == PLANNED and plan_file is None)
     check_display(live=live, quiet=quiet)
     check_rate(learning_rate)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -304,6 +313,7 @@ def run_training(
             objective=learned,
             threads=torch.get_num_threads(),
             tensorboard=tensorboard,
+            snr_limit=snr_limit if math.isfinite(snr_limit) else None,
         ),
     )
     job = Job(make_model, record, recipe, source, test_source, chosen, update_in_backward, setup=setup)
@@ -348,6 +358,20 @@ def check_rate(learning_rate: float | None) -> None:
     if learning_rate is not None and not 0 < learning_rate < math.inf:
         raise UsageError(
             found=f"--learning-rate {learning_rate}", expected="a number above zero", action="write it like 0.1"
+        )
+
+
+def check_snr_limit(snr_limit: float, *, made: bool) -> None:
+    """Raises UsageError where ``--snr-limit`` is no ratio, or given although no plan is ``made``."""
+    if not snr_limit > 0:
+        raise UsageError(
+            found=f"--snr-limit {snr_limit}", expected="a number above zero, or inf", action="write it like 1e4"
+        )
+    if snr_limit != DEFAULT_SNR_LIMIT and not made:
+        raise UsageError(
+            found="--snr-limit with --mode or --plan",
+            expected="one that a plan is made for",
+            action="leave --mode and --plan out, or make the plan with --snr-limit",
         )
 
 

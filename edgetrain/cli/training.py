@@ -15,7 +15,7 @@ from edgetrain.cli.ledger_text import ledger_table
 from edgetrain.cli.objective_options import ObjectiveSetup
 from edgetrain.cli.progress import training_display
 from edgetrain.errors import UsageError
-from edgetrain.planner import Plan, UniformMode
+from edgetrain.planner import SNR_LIMIT, Plan, UniformMode
 from edgetrain.targets.ledger import Ledger
 from edgetrain.targets.pressure import PressureGauge
 from edgetrain.train import Recipe, Throttle
@@ -51,6 +51,12 @@ class Job:
     setup: ObjectiveSetup | None = None
     balanced: Balance | None = None
     cutout: bool = True
+
+    @property
+    def snr_limit(self) -> float:
+        """Least ratio of signal to noise of what a plan inverts."""
+        training = self.record.training
+        return SNR_LIMIT if training is None else training.snr_limit_or_infinity
 
     def batches(self) -> Loader:
         """The training data."""
@@ -125,6 +131,7 @@ def run_job(
             mode=job.chosen,
             sample=sample,
             update_in_backward=job.update_in_backward,
+            snr_limit=job.snr_limit,
             input_shape=record.input_shape,
             recipe=job.recipe,
             objective=None if job.setup is None else job.setup.objective,

@@ -210,6 +210,11 @@ class Planner:
             raise shortage(self, limit)
         return found
 
+    def is_quiet(self, plan: Plan) -> bool:
+        """Whether the noise of ``plan`` keeps the limit."""
+        limit = self.arguments["snr_limit"]
+        return all(snr >= limit for snr in self._snrs(plan.program, plan.modes))
+
     def limit_bytes(self, budget: str | int | None = None) -> int | None:
         """Bytes of ``budget``, or the device's own; None: no limit."""
         return self.place.budget_bytes if budget is None else parse_size(budget) if isinstance(budget, str) else budget

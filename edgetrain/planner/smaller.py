@@ -16,7 +16,7 @@ from edgetrain.memory import simulate
 from edgetrain.memory.rates import INSTRUCTION_SECONDS, START_SECONDS, OperatorRates
 from edgetrain.memory.simulate import updates_in_backward
 from edgetrain.memory.step import Loss, OptimizerFactory, classification_loss
-from edgetrain.planner.planning import Planner
+from edgetrain.planner.planning import SNR_LIMIT, Planner
 from edgetrain.planner.plans import Plan
 from edgetrain.planner.samples import mixing_layer
 from edgetrain.runtime.program import Offload
@@ -45,10 +45,12 @@ def planner_like(
     optimizer: str | OptimizerFactory,
     loss: Loss = classification_loss,
     group: int = 1,
+    snr_limit: float = SNR_LIMIT,
 ) -> Planner:
     """A planner of the steps that compute what ``plan`` does, without a clock.
 
     Args:
+        snr_limit: as of :class:`Planner`.
         loss: from the model's output.
         group: samples that micro-batches must not part.
     """
@@ -66,6 +68,7 @@ def planner_like(
         times=_NOMINAL,
         loss=loss,
         group=group,
+        snr_limit=snr_limit,
     )
 
 

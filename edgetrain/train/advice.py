@@ -68,6 +68,7 @@ def advise(
     make_model: Callable[[], nn.Module],
     *,
     leanest: Sequence[UniformMode | Plan],
+    lean: UniformMode = LEAN,
     input_shape: tuple[int, int, int],
     batch_size: int,
     budget_bytes: int,
@@ -80,7 +81,8 @@ def advise(
     """The smallest changes that would fit, as a sentence for a person.
 
     Args:
-        leanest: what is tried inside a budget; a batch of another size is tried in the leanest mode.
+        leanest: what is tried inside a budget.
+        lean: the mode in which batches of another size are tried.
         input_shape: (c, h, w).
         budget_bytes: in which no step of ``batch_size`` samples ran.
         available_bytes: the largest budget that the host has.
@@ -88,7 +90,7 @@ def advise(
         runs: whether a plan for so many samples runs inside so many bytes.
         changes: what the person can change.
     """
-    fixed, per_sample = peak_bytes(make_model, LEAN, input_shape=input_shape, device=device)
+    fixed, per_sample = peak_bytes(make_model, lean, input_shape=input_shape, device=device)
 
     def raw(samples: int) -> float:
         return fixed + per_sample * samples + beside_bytes
@@ -97,7 +99,7 @@ def advise(
     estimated = next((n for n in range(batch_size - 1, 0, -1) if widening * raw(n) <= budget_bytes), 0)
     samples = mib = 0
     if "--batch-size" in changes and batch_size > _SMALLEST_BATCH:
-        samples = _shrunk(estimated, lambda n: runs(LEAN, n, budget_bytes))
+        samples = _shrunk(estimated, lambda n: runs(lean, n, budget_bytes))
     if "--budget" in changes:
         mib = _least(
             -(-budget_bytes // MIB),
@@ -110,7 +112,7 @@ def advise(
     if mib:
         reason = ""
         if "--batch-size" in changes:
-            reason = f": even {_SMALLEST_BATCH} samples did not fit in a trial in mode {LEAN}"
+            reason = f": even {_SMALLEST_BATCH} samples did not fit in a trial in mode {lean}"
         return f"pass --budget {mib}MiB{reason}"
     return "choose a smaller model or a smaller image size: no budget that this host has would do"
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from edgetrain.errors import BudgetError
 from edgetrain.memory import Guest
 from edgetrain.nn.slices import SLICE_BYTES
-from edgetrain.planner import Plan, UniformMode, uniform_plan
+from edgetrain.planner import SNR_LIMIT, Plan, UniformMode, uniform_plan
 from edgetrain.targets import Target, return_large_blocks, select_target
 from edgetrain.targets.pressure import PressureGauge
 from edgetrain.train.advice import CHANGES, Change
@@ -95,6 +95,7 @@ def train_capped(
     changes: Collection[Change] = CHANGES,
     sample: Tensor | None = None,
     update_in_backward: bool = False,
+    snr_limit: float = SNR_LIMIT,
     guest: Guest | None = None,
     gauge: PressureGauge | None = None,
 ) -> CappedRun:
@@ -115,6 +116,7 @@ def train_capped(
         changes: what an error may advise.
         sample: some images (n, c, h, w), for a plan.
         update_in_backward: whether that plan steps the optimiser block by block.
+        snr_limit: least ratio of signal to noise of what that plan and smaller ones invert.
         guest: what the objective has in memory beside a step, such as a teacher; None: nothing.
         gauge: of the system's memory pressure, under which smaller plans are taken before anything fails.
 
@@ -134,6 +136,7 @@ def train_capped(
         device=device,
         sample=sample,
         update_in_backward=update_in_backward,
+        snr_limit=snr_limit,
         objective=objective,
         guest=guest or Guest(),
         has_run=resume,

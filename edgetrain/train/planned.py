@@ -19,7 +19,7 @@ from edgetrain.chain import chain_of, measure_noise
 from edgetrain.errors import ModelError
 from edgetrain.memory import Guest
 from edgetrain.memory.simulate import updates_in_backward
-from edgetrain.planner import Plan, Planner, UniformMode, uniform_plan
+from edgetrain.planner import SNR_LIMIT, Plan, Planner, UniformMode, uniform_plan
 from edgetrain.planner.smaller import planner_like, smaller_plans
 from edgetrain.train.advice import LEAN
 from edgetrain.train.objectives import Objective, group_of, rehearsal_of
@@ -40,10 +40,12 @@ class Made:
     Attributes:
         plans: the one to begin with and smaller ones to fall back on; empty where none of them runs.
         leanest: what the least budget is found with.
+        lean: the leanest mode whose noise keeps the limit.
     """
 
     plans: list[Plan]
     leanest: list[UniformMode | Plan]
+    lean: UniformMode = LEAN
 
 
 def planned(
@@ -56,6 +58,7 @@ def planned(
     device: str = "cpu",
     sample: Tensor | None = None,
     update_in_backward: bool = False,
+    snr_limit: float = SNR_LIMIT,
     objective: Objective | None = None,
     guest: Guest = _NOBODY,
 ) -> Made:
@@ -67,6 +70,7 @@ def planned(
         runs: whether a plan stays inside.
         sample: some images (n, c, h, w), on which the noise of inversions is measured; None: random numbers.
         update_in_backward: step the optimiser of each block as soon as its gradients are there.
+        snr_limit: least ratio of signal to noise of what is inverted; infinity: no inversion leaves noise.
         objective: None: cross-entropy.
         guest: what it has in memory beside the step.
     """
@@ -79,6 +83,7 @@ def planned(
         batch_size=recipe.batch_size,
         optimizer=recipe.optimizer_for(model),
         update_in_backward=update_in_backward,
+        snr_limit=snr_limit,
         noise=None if sample is None else measure_noise(model, sample),
         loss=rehearsal_of(objective),
         guest=guest,
@@ -101,12 +106,27 @@ def planned(
         if plan.peak_bytes <= least_bytes:
             break
         target = max(least_bytes, int(_SMALLER * plan.peak_bytes))
-    lean = uniform_plan(
-        model, LEAN, input_shape=input_shape, batch_size=recipe.batch_size, update_in_backward=update_in_backward
-    )
+    lean, mode = _leanest(model, planner, input_shape=input_shape, update_in_backward=update_in_backward)
     if runs(lean):  # what is leanest for the allocator need not be so for the process
         return Made([lean, *smaller_plans(planner, lean)], [])
-    return Made([], [plan, lean])
+    return Made([], [plan, lean], mode)
+
+
+def _leanest(
+    model: nn.Module, planner: Planner, *, input_shape: tuple[int, int, int], update_in_backward: bool
+) -> tuple[Plan, UniformMode]:
+    """The leanest plan of one mode that noise allows."""
+    for mode in (LEAN, "recompute"):
+        plan = uniform_plan(
+            model,
+            mode,
+            input_shape=input_shape,
+            batch_size=planner.batch_size,
+            update_in_backward=update_in_backward,
+        )
+        if planner.is_quiet(plan):
+            break
+    return plan, mode
 
 
 def given(
@@ -117,13 +137,14 @@ def given(
     recipe: Recipe,
     runs: Callable[[Plan], bool],
     device: str = "cpu",
+    snr_limit: float = SNR_LIMIT,
     objective: Objective | None = None,
 ) -> Made:
     """The plan that was asked for, also where it does not run, and smaller ones, of which the last does.
 
     Args:
         how: the plan, or the mode of all blocks.
-        input_shape, runs, objective: as of :func:`planned`.
+        input_shape, runs, snr_limit, objective: as of :func:`planned`; the limit is that of the smaller plans.
     """
     torch.manual_seed(recipe.seed)
     model = make_model().to(device)
@@ -133,7 +154,8 @@ def given(
     optimizer, loss, group = recipe.optimizer_for(model), rehearsal_of(objective), group_of(objective)
     plans = [plan]
     with contextlib.suppress(ModelError):  # no shapes without values in its forward: no plan but those that are given
-        plans += smaller_plans(planner_like(model, plan, optimizer=optimizer, loss=loss, group=group), plan)
+        planner = planner_like(model, plan, optimizer=optimizer, loss=loss, group=group, snr_limit=snr_limit)
+        plans += smaller_plans(planner, plan)
     if runs(plans[-1]):
         return Made(plans, [])
     lean = uniform_plan(

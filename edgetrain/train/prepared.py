@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from edgetrain.chain import SampledNetwork
 from edgetrain.errors import BudgetError
 from edgetrain.memory import Guest
-from edgetrain.planner import Plan, UniformMode
+from edgetrain.planner import SNR_LIMIT, Plan, UniformMode
 from edgetrain.targets import release_free_memory
 from edgetrain.train.advice import CHANGES, LEAN, Change, advise
 from edgetrain.train.helper import Helper, HelperDiedError, NoHelperError
@@ -47,6 +47,7 @@ class Question:
         decoding_bytes: what decoding an image takes besides the batch.
         sample: some images (n, c, h, w), on which the noise of inversions is measured; None: random numbers.
         update_in_backward: whether a plan that is made steps the optimiser block by block.
+        snr_limit: least ratio of signal to noise of what a plan that is made inverts.
         objective: None: cross-entropy.
         guest: what it has in memory beside a step.
         has_run: whether the plan ran before, inside this cap: then it is not tried.
@@ -63,6 +64,7 @@ class Question:
     device: str = "cpu"
     sample: Tensor | None = None
     update_in_backward: bool = False
+    snr_limit: float = SNR_LIMIT
     objective: Objective | None = None
     guest: Guest = _NOBODY
     has_run: bool = False
@@ -153,7 +155,7 @@ def _plans(question: Question, helper: Helper) -> list[Plan]:
     raise BudgetError(
         found=f"a budget of {format_mib(budget)}, within which not even the leanest plan ran in a trial",
         expected=f"a step of {question.recipe.batch_size} samples of {'x'.join(map(str, question.input_shape))} to fit",
-        action=_advice(question, helper, leanest=made.leanest),
+        action=_advice(question, helper, leanest=made.leanest, lean=made.lean),
     )
 
 
@@ -173,6 +175,7 @@ def _made(question: Question, helper: Helper) -> Made:
             recipe=question.recipe,
             runs=runs,
             device=question.device,
+            snr_limit=question.snr_limit,
             objective=question.objective,
         )
     return planned(
@@ -184,6 +187,7 @@ def _made(question: Question, helper: Helper) -> Made:
         device=question.device,
         sample=question.sample,
         update_in_backward=question.update_in_backward,
+        snr_limit=question.snr_limit,
         objective=question.objective,
         guest=question.guest,
     )
@@ -191,8 +195,8 @@ def _made(question: Question, helper: Helper) -> Made:
 
 def _would_hold(question: Question, helper: Helper) -> str:
     """The budget to pass instead of one that does not even hold the weights."""
-    leanest = _made(question, helper).leanest or [LEAN]
-    return _advice(question, helper, leanest=leanest, changes={"--budget"})
+    made = _made(question, helper)
+    return _advice(question, helper, leanest=made.leanest or [made.lean], lean=made.lean, changes={"--budget"})
 
 
 def _advice(
@@ -200,6 +204,7 @@ def _advice(
     helper: Helper,
     *,
     leanest: Sequence[UniformMode | Plan],
+    lean: UniformMode = LEAN,
     changes: Collection[Change] | None = None,
 ) -> str:
     assert question.budget_bytes is not None
@@ -210,6 +215,7 @@ def _advice(
     return advise(
         question.make_model,
         leanest=leanest,
+        lean=lean,
         input_shape=question.input_shape,
         batch_size=question.recipe.batch_size,
         budget_bytes=question.budget_bytes,

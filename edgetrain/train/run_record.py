@@ -6,6 +6,7 @@ feed it, and to say what its logits mean. It is written when training begins.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +55,7 @@ class Training(BaseModel):
 
     Attributes:
         tensorboard: whether event files are written.
+        snr_limit: as ``--snr-limit``; None: infinity, for which JSON has no number.
         threads: of torch; the sums in a step are grouped by them, so a run goes on bit for bit only with as many.
     """
 
@@ -70,6 +72,12 @@ class Training(BaseModel):
     objective: ObjectiveRecord = ObjectiveRecord()
     threads: int = Field(ge=1)
     tensorboard: bool = False
+    snr_limit: float | None = Field(default=1e4, gt=0, allow_inf_nan=False)
+
+    @property
+    def snr_limit_or_infinity(self) -> float:
+        """The least ratio of signal to noise as a number."""
+        return math.inf if self.snr_limit is None else self.snr_limit
 
 
 class Finetuning(BaseModel):
