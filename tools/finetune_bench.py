@@ -3,10 +3,10 @@
 A hybrid network is trained on grey images (Fashion-MNIST) and adapted to photographs of magnetic tiles (Huang, Qiu,
 Yuan 2018), each run in a fresh process through the command line, with its defaults but for what is named here. With
 --keep, runs that are there are not made again, and one that was stopped goes on. Inside the cap the fastest plan that
-fits is taken, which may invert blocks and then differs by rounding, unless the network was built with ``exact=True``;
-how far the gradients of one of its steps are from those of plain autograd stands beside it. The first seed is trained
-in the cap by recomputation too, which computes the same bits as keeping everything. The exported graph goes through
-``edgetrain infer`` with the test photographs.
+fits is taken, which may invert blocks and then differs by rounding, unless --snr-limit inf forbids it; how far the
+gradients of one of its steps are from those of plain autograd stands beside it. The first seed is trained in the cap by
+recomputation too, which computes the same bits as keeping everything. The exported graph goes through ``edgetrain
+infer`` with the test photographs.
 
     python tools/finetune_bench.py --pretrain DIR --data DIR --out docs/results/finetune_cpu.json
 """
@@ -98,6 +98,7 @@ def finetuned(arguments: argparse.Namespace, runs: Path, mode: str, seed: int) -
         *("--budget", arguments.budget if capped else "none", "--epochs", str(arguments.epochs)),
         *("--batch-size", str(arguments.batch_size), "--image-size", str(arguments.image_size)),
         *(() if arguments.learning_rate is None else ("--learning-rate", str(arguments.learning_rate))),
+        *(() if arguments.snr_limit is None or mode != "planned" else ("--snr-limit", str(arguments.snr_limit))),
     )
     return {
         "label": WAYS[mode],
@@ -216,6 +217,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--budget", default="300MiB")
     parser.add_argument("--learning-rate", type=float, help="of fine-tuning, else the command's default")
+    parser.add_argument("--snr-limit", type=float, help="of the plan, else the command's default; inf: no noise")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--no-recompute", action="store_true", help="leave the run by recomputation out")
     parser.add_argument("--keep", type=Path, help="folder of the runs")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from edgetrain.cli.export import run_export
 from edgetrain.cli.finetune_text import class_table, price_table, print_wide
@@ -45,7 +47,7 @@ class Finetune:
 
     Attributes:
         divided: its images.
-        prices: of what may be trained; none where it goes on.
+        prices: of what may be trained.
     """
 
     job: Job
@@ -136,12 +138,7 @@ def prepare(
 
     chosen = None if mode == PLANNED else cast(UniformMode, mode)
     job = _job(record, adapted(trained), divided, chosen=chosen, batch_size=batch_size)
-    offered = offered_choices(origin.make(), trained)
-    return Finetune(
-        job,
-        divided,
-        prices(lambda choice: adapted(choice)(), offered, input_shape=shape, recipe=job.recipe),
-    )
+    return Finetune(job, divided, _prices(adapted, origin.make, job))
 
 
 def prepare_again(run: Path, record: RunRecord, plan: Plan | None) -> Finetune:
@@ -149,10 +146,22 @@ def prepare_again(run: Path, record: RunRecord, plan: Plan | None) -> Finetune:
     assert record.finetuning is not None
     how = record.finetuning
     divided = open_divided(record.data, holdout=how.holdout, seed=record.seed)
-    make = Adapted(network_maker(record), None, how.head, None, how.trained, how.batch_norm)
+    network = network_maker(record)
+
+    def adapted(choice: str) -> Adapted:
+        return Adapted(network, None, how.head, None, choice, how.batch_norm)
+
     if plan is None:
         plan = read_plan(run / "plan.json", channels=record.input_shape[0], images=len(divided.train))
-    return Finetune(_job(record, make, divided, chosen=plan, batch_size=plan.input_shape[0]), divided, [])
+    job = _job(record, adapted(how.trained), divided, chosen=plan, batch_size=plan.input_shape[0])
+    return Finetune(job, divided, _prices(adapted, network, job))
+
+
+def _prices(adapted: Callable[[str], Adapted], network: Callable[[], nn.Module], job: Job) -> list[Price]:
+    """Of what may be trained of ``network``, what was chosen among it."""
+    assert job.record.finetuning is not None
+    offered = offered_choices(network(), job.record.finetuning.trained)
+    return prices(lambda choice: adapted(choice)(), offered, input_shape=job.record.input_shape, recipe=job.recipe)
 
 
 def announce(run: Finetune, *, budget_bytes: int | None, reserve_bytes: int | None) -> None:

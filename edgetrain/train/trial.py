@@ -66,18 +66,20 @@ class Trial:
 
 def fits(trial: Trial, helper: Helper) -> bool:
     """Whether two steps and an evaluation run inside the budget."""
-    try:
-        return helper.ask(functools.partial(_in_process, trial))
-    except HelperDiedError:
-        return False
-    except NoHelperError:
-        return in_fresh_thread(functools.partial(_run, trial))
+    # made here: a process that is killed leaves what it has made
+    with tempfile.TemporaryDirectory(prefix="edgetrain-trial-") as folder:
+        try:
+            return helper.ask(functools.partial(_in_process, trial, folder))
+        except HelperDiedError:
+            return False
+        except NoHelperError:
+            return in_fresh_thread(functools.partial(_run, trial, folder))
 
 
-def _in_process(trial: Trial, _: Helper) -> bool:
+def _in_process(trial: Trial, folder: str, _: Helper) -> bool:
     return_large_blocks(2 * SLICE_BYTES)
     warm_up(trial.device)
-    return _run(trial)
+    return _run(trial, folder)
 
 
 def in_fresh_thread(work: Callable[[], T]) -> T:
@@ -100,14 +102,14 @@ def in_fresh_thread(work: Callable[[], T]) -> T:
     return outcomes[0]
 
 
-def _run(trial: Trial) -> bool:
+def _run(trial: Trial, folder: str) -> bool:
     target = select_target(trial.device)
     capped_bytes = int(trial.budget_bytes * (1 - _RESERVE)) - _RESERVE_BYTES
     if capped_bytes <= 0:
         return False
     try:
         target.cap(capped_bytes)
-        _train(trial)
+        _train(trial, folder)
         return True
     except BudgetError:  # a hard limit of the host is lower
         return False
@@ -121,7 +123,7 @@ def _run(trial: Trial) -> bool:
         target.uncap()
 
 
-def _train(trial: Trial) -> None:
+def _train(trial: Trial, folder: str) -> None:
     """A run of two steps, with every batch size that a run meets: the test data end in a smaller batch."""
     n, shape = trial.batch_size, trial.input_shape
     tested = min(n, EVALUATION_BATCH_SIZE)
@@ -131,15 +133,14 @@ def _train(trial: Trial) -> None:
         plan = uniform_plan(model, plan, input_shape=shape, batch_size=n)
     # of no rate: a network that diverges says nothing of memory
     recipe = Recipe(epochs=1, batch_size=n, peak_rate=0.0)
-    with tempfile.TemporaryDirectory(prefix="edgetrain-trial-") as folder:
-        objective = trial.objective
-        if isinstance(objective, Triplet | Contrastive):
-            objective = replace(objective, references=lambda: _Noise([tested], shape))
-        nothing = Guard(select_target(trial.device), lambda _: ())
-        trainer = Trainer(
-            model, plan, run_dir=folder, recipe=recipe, objective=objective, device=trial.device, guard=nothing
-        )
-        trainer.fit(_Noise([n, n], shape), _Noise([tested, max(1, tested // 2)], shape))
+    objective = trial.objective
+    if isinstance(objective, Triplet | Contrastive):
+        objective = replace(objective, references=lambda: _Noise([tested], shape))
+    nothing = Guard(select_target(trial.device), lambda _: ())
+    trainer = Trainer(
+        model, plan, run_dir=folder, recipe=recipe, objective=objective, device=trial.device, guard=nothing
+    )
+    trainer.fit(_Noise([n, n], shape), _Noise([tested, max(1, tested // 2)], shape))
 
 
 class _Noise:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 from edgetrain.errors import BudgetError
@@ -109,6 +112,30 @@ def test_a_helper_that_ends_is_told_and_takes_no_other_news_with_it(monkeypatch:
     assert would_fit(asked, "recompute") == "raise --budget, or lower --batch-size or --image-size"
     with pytest.raises(BudgetError, match=r"weights, gradients and momentum.+raise --budget"):
         prepared(replace(asked, budget_bytes=MIB // 2))
+
+
+def diverging() -> nn.Module:
+    """One whose loss is not a number."""
+    model = make()
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    return model
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the cap needs Linux")
+def test_a_loss_of_noise_that_is_no_number_says_nothing_of_memory():
+    with Helper() as helper:
+        assert fits(Trial(diverging, "recompute", (1, 16, 16), 4, 100 * MIB), helper)
+        assert not fits(Trial(diverging, "recompute", (1, 16, 16), 512, 8 * MIB), helper)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the helper is forked")
+def test_a_trial_that_is_killed_leaves_no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("MADE_IN", str(os.getpid()))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with Helper() as helper:
+        assert not fits(Trial(make_here_alone, "recompute", (1, 16, 16), 4, 100 * MIB), helper)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the cap needs Linux")
