@@ -7,6 +7,7 @@ python tools/readme_tables.py --check    # exits with 1 if anything would change
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import statistics
@@ -332,9 +333,9 @@ def lite_cap() -> str:
     return "\n".join([*lines, "", f"{about} {provenance(document)}"])
 
 
-def finetune() -> str:
+def finetune(name: str = "finetune_cpu.json") -> str:
     """Fine-tuning inside a cap against keeping everything, seed by seed."""
-    document = load("finetune_cpu.json")
+    document = load(name)
     if document is None:
         return "Not measured yet."
     lines = [
@@ -355,11 +356,15 @@ def finetune() -> str:
         differences.append(f"{found['difference_points']:+.2f} points of {name}{spread}")
     row = document["rows"][0]
     shape = "x".join(map(str, row["input_shape"]))
-    same = document["summary"]["recomputing_is_the_same"]
     about = [
         f"Inside the cap less keeping everything: {', '.join(differences)}; gradients of a step differ by "
         f"{document['gradient_difference']:.0e} of their norm.",
-        f"Recomputing gave {'the same losses and test results, bit for bit' if same else 'other losses'}.",
+    ]
+    for key, what in (("plan_is_the_same", "The plan"), ("recomputing_is_the_same", "Recomputing")):
+        if key in document["summary"]:
+            same = document["summary"][key]
+            about.append(f"{what} gave {'the same losses and test results, bit for bit' if same else 'other losses'}.")
+    about += [
         f"{document['model']}, batch {row['batch_size']} of {shape}, {row['epochs']} epochs; {row['images']['train']} "
         f"photographs to train on, {row['images']['test']} to test on, of which {document['largest_class']:.1%} are of "
         f"the largest class; after {document['pretrained']['images']} images of {document['pretrained']['data']}.",
@@ -389,6 +394,7 @@ def budgets() -> str:
 TABLES = {
     "budgets": budgets,
     "finetune": finetune,
+    "finetune-exact": functools.partial(finetune, "finetune_exact_cpu.json"),
     "lite": lite,
     "lite-cap": lite_cap,
     "memory": memory,

@@ -16,7 +16,7 @@ from edgetrain.memory.rates import INSTRUCTION_SECONDS, START_SECONDS, OperatorR
 from edgetrain.models import create_model
 from edgetrain.planner import Plan, Planner
 
-SHAPE, BATCH = (3, 32, 32), 8
+SHAPE, BATCH = (3, 16, 16), 8
 RATES = OperatorRates({1: 1e10}, 1e10, 5e9, START_SECONDS["cpu"], INSTRUCTION_SECONDS, "made up")
 
 
