@@ -68,6 +68,10 @@ def measure_noise(model: nn.Module, sample: Tensor | Sequence[int]) -> Noise:
     return Noise(tuple(reversed(found)), parameter.dtype, source)
 
 
+_LEAST_NSR = 1e-40
+"""Of a block that computes: one whose residual is zero, as at the start of a run, will not stay without noise."""
+
+
 @dataclass(frozen=True)
 class _Inversion:
     """One inversion of a noisy output.
@@ -125,7 +129,8 @@ def _measure(
     if size > 1:
         passed_on = passed_on / sqrt(size)
     worst_gain, worst_own = max(hidden_gains, default=0.0), max(hidden_own, default=0.0)
-    return BlockNoise(gain, exact.ratios[0], rounding, worst_gain, worst_own), passed_on
+    least = 0.0 if module.noiseless else _LEAST_NSR
+    return BlockNoise(gain, max(exact.ratios[0], least), max(rounding, least), worst_gain, worst_own), passed_on
 
 
 def _power(x: Tensor) -> float:

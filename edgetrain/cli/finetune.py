@@ -83,7 +83,7 @@ def finetune(
 ) -> None:
     """Adapt a trained network to your images inside a hard memory cap, evaluate it and export it."""
     check_mode(mode)
-    check_snr_limit(snr_limit, made=mode == PLANNED)
+    check_snr_limit(snr_limit)
     check_rate(learning_rate)
     _check_choice("--batch-norm", batch_norm, ["live", "fixed"])
     _check_choice("--balance", balance, ["sampling", "root", "loss", "none"])

@@ -161,7 +161,13 @@ def _prices(adapted: Callable[[str], Adapted], network: Callable[[], nn.Module],
     """Of what may be trained of ``network``, what was chosen among it."""
     assert job.record.finetuning is not None
     offered = offered_choices(network(), job.record.finetuning.trained)
-    return prices(lambda choice: adapted(choice)(), offered, input_shape=job.record.input_shape, recipe=job.recipe)
+    return prices(
+        lambda choice: adapted(choice)(),
+        offered,
+        input_shape=job.record.input_shape,
+        recipe=job.recipe,
+        snr_limit=job.snr_limit,
+    )
 
 
 def announce(run: Finetune, *, budget_bytes: int | None, reserve_bytes: int | None) -> None:

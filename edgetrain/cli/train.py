@@ -26,7 +26,9 @@ PLANNED = "planned"
 DEFAULT_SNR_LIMIT = 1e4
 SnrLimit = Annotated[
     float,
-    typer.Option(help="Least signal over noise of what a plan inverts; inf: what is inverted comes back as it was."),
+    typer.Option(
+        help="Least signal over noise of what plans invert, those to fall back on too; inf: it comes back as it was."
+    ),
 ]
 CheckpointEvery = Annotated[
     int | None, typer.Option(min=1, help="Save after that many steps too, not only after each epoch.")
@@ -235,7 +237,7 @@ def run_training(
             expected="one that a plan is made for",
             action="leave --mode and --plan out, or make the plan with --update-in-backward",
         )
-    check_snr_limit(snr_limit, made=mode == PLANNED and plan_file is None)
+    check_snr_limit(snr_limit)
     check_display(live=live, quiet=quiet)
     check_rate(learning_rate)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -361,17 +363,11 @@ def check_rate(learning_rate: float | None) -> None:
         )
 
 
-def check_snr_limit(snr_limit: float, *, made: bool) -> None:
-    """Raises UsageError where ``--snr-limit`` is no ratio, or given although no plan is ``made``."""
+def check_snr_limit(snr_limit: float) -> None:
+    """Raises UsageError where ``--snr-limit`` is no ratio."""
     if not snr_limit > 0:
         raise UsageError(
             found=f"--snr-limit {snr_limit}", expected="a number above zero, or inf", action="write it like 1e4"
-        )
-    if snr_limit != DEFAULT_SNR_LIMIT and not made:
-        raise UsageError(
-            found="--snr-limit with --mode or --plan",
-            expected="one that a plan is made for",
-            action="leave --mode and --plan out, or make the plan with --snr-limit",
         )
 
 

@@ -75,6 +75,10 @@ class AttentionTap(Invertible):
         self.term: Tensor | None = None
         self.scale: Tensor | None = None
 
+    @property
+    def noiseless(self) -> bool:
+        return True
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x.view_as(x)

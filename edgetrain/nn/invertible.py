@@ -40,6 +40,11 @@ class Invertible(nn.Module):
         return True
 
     @property
+    def noiseless(self) -> bool:
+        """Whether the inverse gives back every bit of an input that a layer of the same kind has made."""
+        return False
+
+    @property
     def selective(self) -> bool:
         """Whether :meth:`forward_keeping_products_` can be asked for."""
         return False

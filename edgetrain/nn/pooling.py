@@ -23,6 +23,10 @@ from edgetrain.nn.slices import batch_slices
 class InvertiblePool(Invertible):
     """A pooling that permutes the elements of each sample."""
 
+    @property
+    def noiseless(self) -> bool:
+        return True
+
     def forward_(self, x: Tensor, *, replay: bool = False) -> Tensor:
         """``y`` of :meth:`forward` in the memory of ``x`` (n, c, h, w)."""
         y = x.view(self.output_shape(x.shape))

@@ -66,6 +66,10 @@ class ReversibleBlock(Invertible):
         return isinstance(self.f, Invertible) and isinstance(self.g, Invertible)
 
     @property
+    def noiseless(self) -> bool:
+        return self.exact
+
+    @property
     def selective(self) -> bool:
         """Whether the results of f's and g's products can be kept: both are ordinary modules and one has weights."""
         if any(isinstance(layer, Invertible) for branch in (self.f, self.g) for layer in branch.modules()):

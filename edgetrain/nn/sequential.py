@@ -21,6 +21,10 @@ class InvertibleSequential(Invertible):
         for name, layer in layers.items():
             self.add_module(name, layer)
 
+    @property
+    def noiseless(self) -> bool:
+        return all(layer.noiseless for layer in self.layers())
+
     def layers(self) -> list[Invertible]:
         """The layers, first to last."""
         return [cast(Invertible, layer) for layer in self.children()]

@@ -214,9 +214,10 @@ class Table:
 
     def _rounded(self, exact: list[float]) -> list[int]:
         if self._rounding == "down":
-            return [int(x // self.unit_bytes) for x in exact]
-        ends = np.rint(np.cumsum([0.0, *exact]) / self.unit_bytes).astype(int)
-        return [int(x) for x in np.diff(ends)]
+            slots = np.floor(np.array(exact) / self.unit_bytes)
+        else:
+            slots = np.diff(np.rint(np.cumsum([0.0, *exact]) / self.unit_bytes))
+        return [int(x) for x in np.minimum(slots, self.slots + 1)]
 
     def _rounded_ways(self) -> list[dict[Inversion, int]]:
         """Slots of what each block keeps for each way of inverting it."""
@@ -225,8 +226,8 @@ class Table:
         return [{how: slots[how][i] for how in ways} for i, ways in enumerate(held)]
 
     def _thresholds(self, nbytes: Bytes) -> Slots:
-        """Slots without which ``nbytes`` do not fit."""
-        slots = nbytes / self.unit_bytes
+        """Slots without which ``nbytes`` do not fit; one too many stands for all above."""
+        slots = np.minimum(nbytes / self.unit_bytes, self.slots + 1)
         return (np.floor(slots) if self._rounding == "down" else np.ceil(slots - 0.5)).astype(np.int32)
 
     def _threshold(self, nbytes: int) -> int:

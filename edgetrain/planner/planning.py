@@ -90,7 +90,8 @@ def plan(
         micro_batches: parts of a batch; None: one where the batch norm is live, else the number with the fastest step.
         allow_ghost_batchnorm: allow parts although batch norm then sees other statistics: as few as fit.
         snr_limit: least ratio of signal to noise of an activation that was inverted, or rounded; infinity: what is
-            inverted comes back as it was, so blocks that leave noise are stored or run again.
+            inverted comes back as it was, blocks that leave noise are stored or run again, and a batch is split on
+            request alone.
         stored_precision: ``"bf16"``: an input that is kept until its block is run again, or an inversion starts from
             it, may wait in bfloat16, at half its bytes. Gradients then differ by that rounding: at most 2^-8 of each
             value that waits. None: no activation is rounded.
@@ -161,6 +162,8 @@ class Planner:
         self.shapes(input_shape)  # names the block that does not take its input
         self._blocks = self._chain.blocks
         self._few = allow_ghost_batchnorm
+        if micro_batches is None and math.isinf(snr_limit) and not allow_ghost_batchnorm:
+            micro_batches = 1  # sums of parts are rounded in another order
         self._guest = guest
         self._counts = micro_batch_counts(
             model, batch_size, micro_batches, allow_ghost_batchnorm=self._few, group=group
@@ -209,11 +212,6 @@ class Planner:
             assert limit is not None
             raise shortage(self, limit)
         return found
-
-    def is_quiet(self, plan: Plan) -> bool:
-        """Whether the noise of ``plan`` keeps the limit."""
-        limit = self.arguments["snr_limit"]
-        return all(snr >= limit for snr in self._snrs(plan.program, plan.modes))
 
     def limit_bytes(self, budget: str | int | None = None) -> int | None:
         """Bytes of ``budget``, or the device's own; None: no limit."""

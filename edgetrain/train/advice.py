@@ -10,6 +10,7 @@ budget, as two runs of one program differ.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
@@ -24,6 +25,12 @@ from edgetrain.units import MIB
 
 LEAN: UniformMode = "invert_layerwise"
 """The leanest of the uniform modes."""
+
+
+def lean_mode(snr_limit: float) -> UniformMode:
+    """The leanest of the uniform modes, or of those that invert nothing where nothing may leave noise."""
+    return "recompute" if math.isinf(snr_limit) else LEAN
+
 
 Change = Literal["--batch-size", "--budget"]
 CHANGES: tuple[Change, ...] = ("--batch-size", "--budget")

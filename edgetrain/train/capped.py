@@ -149,7 +149,7 @@ def train_capped(
     with _capped(target, budget_bytes):
         pass  # a host that cannot do it says so before plans are made
     plans: list[Plan] = []
-    if budget_bytes is not None or mode is None:
+    if budget_bytes is not None or mode is None or snr_limit != SNR_LIMIT:
         plans = prepared(question)
     guard = None
     if plans:

@@ -21,7 +21,7 @@ from edgetrain.memory import Guest
 from edgetrain.memory.simulate import updates_in_backward
 from edgetrain.planner import SNR_LIMIT, Plan, Planner, UniformMode, uniform_plan
 from edgetrain.planner.smaller import planner_like, smaller_plans
-from edgetrain.train.advice import LEAN
+from edgetrain.train.advice import lean_mode
 from edgetrain.train.objectives import Objective, group_of, rehearsal_of
 from edgetrain.train.recipe import Recipe
 from edgetrain.units import KIB, MIB, format_mib
@@ -40,12 +40,10 @@ class Made:
     Attributes:
         plans: the one to begin with and smaller ones to fall back on; empty where none of them runs.
         leanest: what the least budget is found with.
-        lean: the leanest mode whose noise keeps the limit.
     """
 
     plans: list[Plan]
     leanest: list[UniformMode | Plan]
-    lean: UniformMode = LEAN
 
 
 def planned(
@@ -106,27 +104,16 @@ def planned(
         if plan.peak_bytes <= least_bytes:
             break
         target = max(least_bytes, int(_SMALLER * plan.peak_bytes))
-    lean, mode = _leanest(model, planner, input_shape=input_shape, update_in_backward=update_in_backward)
+    lean = uniform_plan(
+        model,
+        lean_mode(snr_limit),
+        input_shape=input_shape,
+        batch_size=recipe.batch_size,
+        update_in_backward=update_in_backward,
+    )
     if runs(lean):  # what is leanest for the allocator need not be so for the process
         return Made([lean, *smaller_plans(planner, lean)], [])
-    return Made([], [plan, lean], mode)
-
-
-def _leanest(
-    model: nn.Module, planner: Planner, *, input_shape: tuple[int, int, int], update_in_backward: bool
-) -> tuple[Plan, UniformMode]:
-    """The leanest plan of one mode that noise allows."""
-    for mode in (LEAN, "recompute"):
-        plan = uniform_plan(
-            model,
-            mode,
-            input_shape=input_shape,
-            batch_size=planner.batch_size,
-            update_in_backward=update_in_backward,
-        )
-        if planner.is_quiet(plan):
-            break
-    return plan, mode
+    return Made([], [plan, lean])
 
 
 def given(
@@ -144,7 +131,7 @@ def given(
 
     Args:
         how: the plan, or the mode of all blocks.
-        input_shape, runs, snr_limit, objective: as of :func:`planned`; the limit is that of the smaller plans.
+        input_shape, runs, snr_limit, objective: as of :func:`planned`; the limit is that of the smaller ones.
     """
     torch.manual_seed(recipe.seed)
     model = make_model().to(device)
@@ -160,7 +147,7 @@ def given(
         return Made(plans, [])
     lean = uniform_plan(
         model,
-        LEAN,
+        lean_mode(snr_limit),
         input_shape=input_shape,
         batch_size=recipe.batch_size,
         update_in_backward=updates_in_backward(plan.program),

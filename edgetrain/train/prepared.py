@@ -21,7 +21,7 @@ from edgetrain.errors import BudgetError
 from edgetrain.memory import Guest
 from edgetrain.planner import SNR_LIMIT, Plan, UniformMode
 from edgetrain.targets import release_free_memory
-from edgetrain.train.advice import CHANGES, LEAN, Change, advise
+from edgetrain.train.advice import CHANGES, Change, advise, lean_mode
 from edgetrain.train.helper import Helper, HelperDiedError, NoHelperError
 from edgetrain.train.objectives import Objective
 from edgetrain.train.planned import Made, given, planned
@@ -114,7 +114,7 @@ def prepared(question: Question) -> list[Plan]:
 
 def would_fit(question: Question, smallest: UniformMode | Plan) -> str:
     """What to change after a run has used up its budget with ``smallest``, as a sentence for a person."""
-    return _advised(question, functools.partial(_advice, leanest=[smallest, LEAN]))
+    return _advised(question, functools.partial(_advice, leanest=[smallest, lean_mode(question.snr_limit)]))
 
 
 def _advised(question: Question, advice: Callable[[Question, Helper], str]) -> str:
@@ -155,7 +155,7 @@ def _plans(question: Question, helper: Helper) -> list[Plan]:
     raise BudgetError(
         found=f"a budget of {format_mib(budget)}, within which not even the leanest plan ran in a trial",
         expected=f"a step of {question.recipe.batch_size} samples of {'x'.join(map(str, question.input_shape))} to fit",
-        action=_advice(question, helper, leanest=made.leanest, lean=made.lean),
+        action=_advice(question, helper, leanest=made.leanest),
     )
 
 
@@ -195,8 +195,8 @@ def _made(question: Question, helper: Helper) -> Made:
 
 def _would_hold(question: Question, helper: Helper) -> str:
     """The budget to pass instead of one that does not even hold the weights."""
-    made = _made(question, helper)
-    return _advice(question, helper, leanest=made.leanest or [made.lean], lean=made.lean, changes={"--budget"})
+    leanest = _made(question, helper).leanest or [lean_mode(question.snr_limit)]
+    return _advice(question, helper, leanest=leanest, changes={"--budget"})
 
 
 def _advice(
@@ -204,7 +204,6 @@ def _advice(
     helper: Helper,
     *,
     leanest: Sequence[UniformMode | Plan],
-    lean: UniformMode = LEAN,
     changes: Collection[Change] | None = None,
 ) -> str:
     assert question.budget_bytes is not None
@@ -215,7 +214,7 @@ def _advice(
     return advise(
         question.make_model,
         leanest=leanest,
-        lean=lean,
+        lean=lean_mode(question.snr_limit),
         input_shape=question.input_shape,
         batch_size=question.recipe.batch_size,
         budget_bytes=question.budget_bytes,

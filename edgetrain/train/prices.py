@@ -15,9 +15,10 @@ from torch import nn
 from edgetrain.chain import parts_of
 from edgetrain.memory.estimate import estimate
 from edgetrain.nn import Invertible
-from edgetrain.planner import UniformMode, uniform_plan
+from edgetrain.planner import SNR_LIMIT, UniformMode, uniform_plan
 from edgetrain.planner.samples import mixing_layer, possible_counts
 from edgetrain.runtime import wrap
+from edgetrain.train.advice import LEAN, lean_mode
 from edgetrain.train.recipe import Recipe
 
 
@@ -54,17 +55,22 @@ def prices(
     *,
     input_shape: tuple[int, int, int],
     recipe: Recipe,
+    snr_limit: float = SNR_LIMIT,
 ) -> list[Price]:
     """The price of each of ``choices``.
 
     Args:
         make: makes the network for a choice.
         input_shape: (c, h, w).
+        snr_limit: least ratio of signal to noise of what plans invert.
     """
-    return [_price(make(choice), choice, input_shape, recipe) for choice in choices]
+    lean = lean_mode(snr_limit)
+    return [_price(make(choice), choice, input_shape, recipe, lean) for choice in choices]
 
 
-def _price(model: nn.Module, choice: str, input_shape: tuple[int, int, int], recipe: Recipe) -> Price:
+def _price(
+    model: nn.Module, choice: str, input_shape: tuple[int, int, int], recipe: Recipe, lean: UniformMode
+) -> Price:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradient_bytes = sum(p.numel() * p.element_size() for p in trained)
     sample_bytes = 4 * input_shape[0] * input_shape[1] * input_shape[2]
@@ -84,12 +90,12 @@ def _price(model: nn.Module, choice: str, input_shape: tuple[int, int, int], rec
         ).peak_bytes
 
     most = peak_bytes(recipe.batch_size, None)
-    parts = 1 if mixing_layer(model) else possible_counts(recipe.batch_size)[-1]
+    parts = 1 if mixing_layer(model) or lean != LEAN else possible_counts(recipe.batch_size)[-1]
     part = recipe.batch_size // parts
     # besides one part there are the others, and from the second on the gradients of the first
     standing_bytes = (recipe.batch_size - part) * sample_bytes + (gradient_bytes if parts > 1 else 0)
     modes: list[UniformMode] = ["recompute"]  # the leanest where nothing can be inverted
     if any(isinstance(module, Invertible) for module in model.modules()):
-        modes.append("invert_layerwise")
+        modes.append(lean)
     least = min(most, *(peak_bytes(part, mode) + standing_bytes for mode in modes))
     return Price(choice, sum(p.numel() for p in trained), most, least, parts)

@@ -66,7 +66,7 @@ class Trial:
 
 def fits(trial: Trial, helper: Helper) -> bool:
     """Whether two steps and an evaluation run inside the budget."""
-    # made here: a process that is killed leaves what it has made
+    # not made by the one who is capped, which may be killed by it
     with tempfile.TemporaryDirectory(prefix="edgetrain-trial-") as folder:
         try:
             return helper.ask(functools.partial(_in_process, trial, folder))

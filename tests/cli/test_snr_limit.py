@@ -56,7 +56,6 @@ def test_an_exact_network_is_inverted_inside_a_cap_and_the_run_is_the_same(tmp_p
     [
         (["--snr-limit", "-1"], "Found: --snr-limit -1.0. Expected: a number above zero, or inf."),
         (["--snr-limit", "nan"], "--snr-limit nan"),
-        (["--snr-limit", "inf", "--mode", "recompute"], "leave --mode and --plan out"),
     ],
 )
 def test_what_is_no_limit(

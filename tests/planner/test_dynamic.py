@@ -188,6 +188,30 @@ def test_an_anchor_waits_in_bfloat16_where_the_run_from_it_may_be_that_long() ->
     assert anchors == [True, False]
 
 
+def test_activations_too_large_for_any_number_of_slots_do_not_fit() -> None:
+    huge = 2**33
+    stage = Stage(
+        output_bytes=huge,
+        saved_bytes=huge,
+        keeps_input=True,
+        keeps_output=False,
+        forward_seconds=1.0,
+        forward_all_seconds=1.0,
+        forward_bytes=huge,
+        dropping_seconds=1.0,
+        dropping_bytes=huge,
+        forward_all_bytes=huge,
+        backward_seconds=1.0,
+        backward_bytes=huge,
+        recompute_seconds=2.0,
+        recompute_bytes=huge,
+        gradient_bytes=0,
+        ways=(Way("invert_selective", 1.0, huge, huge, 1.0, huge),),
+    )
+    table = Table(Problem((stage,) * 3, huge, huge, 1.0, (0,) * 3), 300, rounding="down")
+    assert table.least() is None
+
+
 @pytest.mark.parametrize(("blocks", "limit_s"), [(60, 1.0), (150, 5.0)])
 @pytest.mark.parametrize("invertible", [False, True])
 def test_solves_long_chains_quickly(blocks: int, limit_s: float, *, invertible: bool) -> None:

@@ -14,9 +14,10 @@ from edgetrain import wrap
 from edgetrain.chain import measure_noise
 from edgetrain.memory.rates import INSTRUCTION_SECONDS, START_SECONDS, OperatorRates
 from edgetrain.models import create_model
+from edgetrain.nn import ReversibleBlock
 from edgetrain.planner import Plan, Planner
 
-SHAPE, BATCH = (3, 16, 16), 8
+SHAPE, BATCH = (3, 32, 32), 8
 RATES = OperatorRates({1: 1e10}, 1e10, 5e9, START_SECONDS["cpu"], INSTRUCTION_SECONDS, "made up")
 
 
@@ -53,6 +54,34 @@ def test_exact_blocks_are_inverted_and_a_step_has_the_bits_of_plain_autograd(nam
         assert all(torch.equal(one, other) for one, other in zip(step(model, plan), expected, strict=True))
     stages = [i for i, block in enumerate(found[0].program.names) if block.startswith("stage")]
     assert any(found[0].modes[i].startswith("invert") for i in stages)
+
+
+def test_a_batch_is_not_split_where_no_layer_mixes_samples() -> None:
+    """Gradients of parts are added in another order than those of the batch."""
+
+    def branch() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU())
+
+    torch.manual_seed(0)
+    blocks = [ReversibleBlock(branch(), branch(), exact=True) for _ in range(3)]
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
+    )
+    for plan in plans(model, snr_limit=math.inf):
+        assert plan.micro_batches == 1
+    assert plans(model, snr_limit=1e4)[0].micro_batches > 1
+
+
+def test_a_residual_that_is_zero_for_now_does_not_pass_for_exact() -> None:
+    def branch() -> nn.Module:
+        norm = nn.BatchNorm2d(4)
+        nn.init.zeros_(norm.weight)
+        return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), norm)
+
+    blocks = [ReversibleBlock(branch(), branch()) for _ in range(2)]
+    noise = measure_noise(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *blocks), torch.randn(BATCH, *SHAPE))
+    assert all("invert" in ways for ways in noise.forbidden(math.inf)[1:])
+    assert not any(noise.forbidden(1e30))
 
 
 def test_other_blocks_are_not_inverted_and_the_plan_says_what_noise_they_would_leave() -> None:

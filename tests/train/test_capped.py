@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from edgetrain.errors import BudgetError
 from edgetrain.models import create_model
 from edgetrain.planner import UniformMode
 from edgetrain.train import trial
-from edgetrain.train.advice import _least, _shrunk
+from edgetrain.train.advice import _least, _shrunk, lean_mode
 from edgetrain.train.helper import Helper
 from edgetrain.train.prepared import Question, check_budget, prepared, would_fit
 from edgetrain.train.recipe import Recipe
@@ -129,13 +130,40 @@ def test_a_loss_of_noise_that_is_no_number_says_nothing_of_memory():
         assert not fits(Trial(diverging, "recompute", (1, 16, 16), 512, 8 * MIB), helper)
 
 
+class KilledInASecondStep(nn.Module):
+    """By then a trial has its folder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16 * 16, 2)
+        self.steps = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.steps += x.device.type == "cpu" and x.data_ptr() != 0
+        if self.steps > 1:
+            Path(os.environ["SEEN"]).write_text(" ".join(os.listdir(tempfile.gettempdir())))
+            os._exit(1)
+        return self.layer(x.flatten(1))
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the helper is forked")
 def test_a_trial_that_is_killed_leaves_no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setenv("MADE_IN", str(os.getpid()))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
     with Helper() as helper:
-        assert not fits(Trial(make_here_alone, "recompute", (1, 16, 16), 4, 100 * MIB), helper)
-    assert list(tmp_path.iterdir()) == []
+        assert not fits(Trial(KilledInASecondStep, "recompute", (1, 16, 16), 4, 500 * MIB), helper)
+    assert "edgetrain-trial-" in (tmp_path / "seen").read_text()
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the cap needs Linux")
+def test_where_nothing_may_leave_noise_nothing_is_inverted_to_fall_back_on():
+    asked = replace(question(make, 100), snr_limit=math.inf, budget_bytes=None)
+    found = [one for plan in prepared(asked) for one in zip(plan.program.names, plan.modes, strict=True)]
+    assert not any(mode.startswith("invert") for name, mode in found if name.startswith("stage"))
+    assert lean_mode(math.inf) == "recompute"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the cap needs Linux")
