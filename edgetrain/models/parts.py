@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from edgetrain.errors import ModelError, UsageError
 from edgetrain.nn import BatchPool, ChannelPool
+from edgetrain.nn.max_pool import max_pool2d
 from edgetrain.nn.pooling import InvertiblePool
 from edgetrain.nn.slices import batch_slices
 
@@ -95,7 +96,7 @@ class MaxPoolPad(nn.Module):
                 expected="even height and width",
                 action="choose an image size divisible by 2 for every pooling of the model (8 for three of them)",
             )
-        pooled = _MaxPool.apply(x) if torch.is_grad_enabled() else F.max_pool2d(x, 2)
+        pooled = max_pool2d(x, 2)
         y = x.new_zeros(n, 2, self.out_channels // 2, h // 2, w // 2)
         y[:, :, : c // 2] = pooled.view(n, 2, c // 2, h // 2, w // 2)
         y = y.view(n, self.out_channels, h // 2, w // 2)
@@ -103,34 +104,6 @@ class MaxPoolPad(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}" + ("" if self.slope is None else f", slope={self.slope}")
-
-
-class _MaxPool(torch.autograd.Function):
-    """2x2 max pooling: x (n, c, h, w) -> (n, c, h / 2, w / 2); keeps a byte for each output.
-
-    torch's own keeps its input and an index of 8 bytes for each output.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        n, c, h, w = x.shape
-        y = x.new_empty(n, c, h // 2, w // 2)
-        corners = torch.empty(y.shape, dtype=torch.uint8, device=x.device)  # 2 * row + column inside its window
-        for s in batch_slices(x):
-            y[s], index = F.max_pool2d(x[s], 2, return_indices=True)
-            corners[s] = index.div(w, rounding_mode="floor").remainder_(2).mul_(2).add_(index.remainder_(2))
-        ctx.save_for_backward(corners)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        (corners,) = ctx.saved_tensors
-        n, c, h, w = dy.shape
-        dx = dy.new_empty(n, c, h, 2, w, 2)
-        for corner in range(4):
-            dx[:, :, :, corner // 2, :, corner % 2] = dy * (corners == corner)
-        return dx.view(n, c, 2 * h, 2 * w)
 
 
 def stem(in_channels: int, channels: int) -> nn.Conv2d:

@@ -1,4 +1,4 @@
-"""What a repeated pass replaces in a module: batch norm by recorded statistics, convolutions by slices.
+"""What a repeated pass replaces in a module: batch norm by recorded statistics, convolutions by slices, max pooling.
 
 Both passes of :class:`edgetrain.nn.replay.Replay` run inside a mode that sees every torch function called, the first
 one recording and the later ones reusing. The same kernels on the same shapes give the same bits, so that a repetition
@@ -14,12 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from edgetrain.nn.max_pool import with_lean_pooling
 from edgetrain.nn.normalisation import Statistics, batch_moments, normalise, update_running
 from edgetrain.nn.sliced import conv2d
 
 
 class _Intercept(TorchFunctionMode):
-    """Sees every torch function that a module calls: batch norm goes by recorded statistics, convolutions by slices."""
+    """Sees every torch function that a module calls.
+
+    Batch norm goes by recorded statistics, convolutions by slices, max pooling keeps a byte for each output.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -29,7 +33,7 @@ class _Intercept(TorchFunctionMode):
             call = _BatchNormCall(*args, **kwargs)
             if call.reusable:
                 return call.with_statistics(self.statistics_of(call))
-        return func(*args, **kwargs)
+        return with_lean_pooling(func, args, kwargs)
 
     def statistics_of(self, call: _BatchNormCall) -> Statistics:
         raise NotImplementedError

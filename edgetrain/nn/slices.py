@@ -55,6 +55,11 @@ def whole_batch() -> Iterator[None]:
         _whole.reset(token)
 
 
+def is_whole_batch() -> bool:
+    """True inside of :func:`whole_batch`."""
+    return _whole.get()
+
+
 @contextlib.contextmanager
 def abridged_slices() -> Iterator[None]:
     """Inside, :func:`batch_slices` shows three full slices at most, and the rest: for tensors without data only."""

@@ -23,6 +23,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from edgetrain.chain import Block
 from edgetrain.errors import ModelError
 from edgetrain.nn.invertible import Invertible, Rerun
+from edgetrain.nn.max_pool import lean_pooling_in
 from edgetrain.nn.selective import Products
 from edgetrain.runtime.offload import Offloaded, offload
 from edgetrain.runtime.program import (
@@ -208,7 +209,7 @@ class Execution:
         with torch.enable_grad(), _watching(graph.storages) if self._is_watched(i) else contextlib.nullcontext():
             if graph.first and run.like is not None:
                 x = _Entry.apply(torch.empty(0, requires_grad=True), x, run)
-            with self._records[i].again() if again else contextlib.nullcontext():
+            with self._records[i].again() if again else lean_pooling_in(block.module):
                 y = block.module(x)
         del x
         self._z[i + 1] = y.detach()

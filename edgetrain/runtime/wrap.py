@@ -7,7 +7,8 @@
 
 One autograd function stands around the whole chain: its forward runs the program up to the head and hands out
 the logits, its backward takes the gradient of whatever loss was made of them and runs the rest. Gradients of
-the parameters are added to their ``.grad`` in place. Where every block is stored the model itself runs.
+the parameters are added to their ``.grad`` in place. Where every block is stored the model itself runs, its max pooling
+as in any stored block (:mod:`edgetrain.nn.max_pool`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from edgetrain.chain import Block, Chain, SampledNetwork, chain_of
 from edgetrain.errors import ModelError
 from edgetrain.nn.attention import AttentionTap
+from edgetrain.nn.max_pool import lean_pooling_in
 from edgetrain.runtime.executor import Execution
 from edgetrain.runtime.program import Program, Update
 
@@ -86,7 +88,8 @@ class Wrapped(nn.Module):
                 action="leave torch.autocast, or convert the model and its input",
             )
         if self.plan.program.is_plain:
-            y: Tensor = self.model(x)
+            with lean_pooling_in(self.model):
+                y: Tensor = self.model(x)
             return y
         # the anchor makes the result require a gradient although no parameter passes through the function
         anchor = torch.empty(0, requires_grad=True)
