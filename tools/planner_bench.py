@@ -2,10 +2,11 @@
 
 For each network: the peak of a step of plain autograd (weights, gradients, momentum and batch included) is 100 %. At
 each fraction of it the planner makes a plan with block times measured here, the optimiser after the backward pass or
-block by block in it, whichever it finds faster; its peak is measured at the allocator, its time in rounds in which
-every contestant runs two steps, of which the second is timed. Contestants: keep all, torch.utils.checkpoint with every
-number of segments, torch.compile with activation_memory_budget where --compile asks for it. At each budget the fastest
-contestant whose measured peak fits is the peer.
+block by block in it, channels first or last, whichever it finds fastest. Its peak is measured at the allocator, and its
+time in rounds in which every contestant runs two steps, of which the second is timed. Contestants: keep all and
+torch.utils.checkpoint with every number of segments, each with its batch given channels first and channels last;
+torch.compile with activation_memory_budget where --compile asks for it. At each budget the fastest contestant whose
+measured peak fits is the peer.
 
     python tools/planner_bench.py
     python tools/planner_bench.py --networks hybrid18 resnet56 --rounds 7
@@ -23,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +41,7 @@ import edgetrain
 from edgetrain.chain import chain_of
 from edgetrain.memory import measure_peak, measured_times
 from edgetrain.memory.step import OPTIMIZERS
+from edgetrain.nn.layouts import with_channels_last
 from edgetrain.planner import Planner
 from edgetrain.runtime import Wrapped
 from edgetrain.runtime.program import Update
@@ -153,7 +156,12 @@ def compiled(model: nn.Module, budget: float) -> Callable[[Tensor], Tensor]:
     """torch.compile that keeps about ``budget`` of the activations."""
     import torch._functorch.config as config
 
-    optimized = torch.compile(model)
+    def run(x: Tensor) -> Tensor:
+        return model(x)  # type: ignore[no-any-return]
+
+    # what was compiled is found again by its code object, whatever the budget was: each has one of its own
+    code = run.__code__.replace(co_name=f"run_{str(budget).replace('.', '_')}")
+    optimized = torch.compile(types.FunctionType(code, run.__globals__, closure=run.__closure__))
 
     def forward(x: Tensor) -> Tensor:
         with config.patch(activation_memory_budget=budget):
@@ -168,23 +176,42 @@ def run(case: Case, rounds: int, *, compile_budgets: list[float]) -> list[dict[s
     shape = (3, case.size, case.size)
     x, labels = torch.randn(case.batch, *shape), torch.zeros(case.batch, dtype=torch.long)
 
-    def contestant(name: str, make: Callable[[nn.Module], Callable[[Tensor], Tensor]], parts: int = 1) -> Contestant:
+    def contestant(
+        name: str,
+        make: Callable[[nn.Module], Callable[[Tensor], Tensor]],
+        parts: int = 1,
+        images: Tensor = x,
+    ) -> Contestant:
         own = copy.deepcopy(model)
-        made = Contestant(name, own, make(own), x, labels, parts=parts)
+        made = Contestant(name, own, make(own), images, labels, parts=parts)
         made.measure()
         return made
 
-    keep_all = contestant("keep all", lambda own: own)
     count = len(chain_of(model).blocks)
-    peers = [keep_all]
-    for segments in range(1, count + 1):
-        peers.append(contestant(f"checkpoint, {segments} segments", lambda own, n=segments: segmented(own, n)))  # type: ignore[misc]
+    peers: list[Contestant] = []
+    for last in (False, True):
+        images, where = (with_channels_last(x), ", channels last") if last else (x, "")
+        peers.append(contestant(f"keep all{where}", lambda own: own, images=images))
         peers[-1].time()
+        for segments in range(1, count + 1):
+            make = partial(segmented, segments=segments)
+            peers.append(contestant(f"checkpoint, {segments} segments{where}", make, images=images))
+            peers[-1].time()
+    keep_all = peers[0]
     peers += [contestant(f"compile, {budget}", lambda own, b=budget: compiled(own, b)) for budget in compile_budgets]  # type: ignore[misc]
-    keep_all.time()
 
     began = time.perf_counter()
-    times = measured_times(model, input_shape=shape, batch_size=case.batch, optimizer=OPTIMIZER, budget_s=20.0)
+    times = [
+        measured_times(
+            model,
+            input_shape=shape,
+            batch_size=case.batch,
+            optimizer=OPTIMIZER,
+            budget_s=20.0,
+            channels_last=channels_last,
+        )
+        for channels_last in (False, True)
+    ]
     times_s = time.perf_counter() - began
     planners = [
         Planner(
@@ -192,9 +219,10 @@ def run(case: Case, rounds: int, *, compile_budgets: list[float]) -> list[dict[s
             input_shape=shape,
             batch_size=case.batch,
             optimizer=OPTIMIZER,
-            times=times,
+            times=of_layout,
             update_in_backward=update_in_backward,
         )
+        for of_layout in times
         for update_in_backward in (False, True)
     ]
     rows: list[dict[str, Any]] = []
@@ -213,6 +241,7 @@ def run(case: Case, rounds: int, *, compile_budgets: list[float]) -> list[dict[s
             continue
         row |= {"plan_s": time.perf_counter() - began, "predicted_bytes": plan.peak_bytes}
         row |= {"predicted_s": plan.step_seconds, "summary": ", ".join(plan.summary().splitlines()[:-2])}
+        row["channels_last"] = plan.program.channels_last
         row["update_in_backward"] = updates = any(isinstance(step, Update) for step in plan.program.instructions)
         factory = OPTIMIZERS[OPTIMIZER] if updates else None
         wrapped = partial(edgetrain.wrap, plan=plan, optimizer=factory)

@@ -17,7 +17,7 @@ from torch import nn
 from edgetrain.chain import chain_of
 from edgetrain.chain.fakes import fake_mode, spare_the_compiler
 from edgetrain.errors import EdgetrainError, ModelError
-from edgetrain.memory.bench import Form, History
+from edgetrain.memory.bench import Form, History, layout_of
 from edgetrain.memory.effects import Effect, Key, Layout
 from edgetrain.memory.operators import DeviceKind, InnerAllocations
 from edgetrain.memory.step import (
@@ -34,6 +34,7 @@ from edgetrain.memory.survey import Survey, observe_update
 from edgetrain.memory.timeline import numbered_events
 from edgetrain.memory.trace import Kind, Recorder
 from edgetrain.nn.invertible import Invertible
+from edgetrain.nn.layouts import with_channels_last
 from edgetrain.nn.slices import abridged_slices
 
 
@@ -45,12 +46,14 @@ class BlockCosts:
         invertible: whether it runs in the memory of its input.
         gradient_bytes: of its parameters, those of later blocks left out.
         effects: of the instructions it allows.
+        channels_last: as of the :class:`Costs`.
     """
 
     name: str
     invertible: bool
     gradient_bytes: int
     effects: Mapping[Key, Effect]
+    channels_last: bool = False
 
     @property
     def saved_bytes(self) -> int:
@@ -68,8 +71,19 @@ class BlockCosts:
         return self._left_by("forward products_only")
 
     def _left_by(self, name: str) -> int:
-        effect = self.effect((name, None, None))
+        effect = self.usual(name)
+        if effect is None:
+            raise _unknown(self, name)
         return effect.net_bytes - sum(o.nbytes for o in effect.outputs if o.inside is None)
+
+    def usual(self, name: str) -> Effect | None:
+        """The effect of an instruction by its name alone, on tensors as they mostly come; None where it has none.
+
+        That is row by row, or else with channels last.
+        """
+        found = [(key, effect) for key, effect in self.effects.items() if key[0] == name]
+        sign = -1 if self.channels_last else 1
+        return min(found, key=lambda pair: sign * sum(o is not None for o in pair[0][1:]), default=("", None))[1]
 
     def effect(self, key: Key) -> Effect:
         """The effect of an instruction.
@@ -79,12 +93,16 @@ class BlockCosts:
         """
         found = self.effects.get(key)
         if found is None:
-            raise ModelError(
-                found=f"instruction {key[0]!r} for block {self.name!r}",
-                expected="one of " + ", ".join(sorted({name for name, _, _ in self.effects})),
-                action="give the block a mode that it allows",
-            )
+            raise _unknown(self, key[0])
         return found
+
+
+def _unknown(block: BlockCosts, name: str) -> ModelError:
+    return ModelError(
+        found=f"instruction {name!r} for block {block.name!r}",
+        expected="one of " + ", ".join(sorted({name for name, _, _ in block.effects})),
+        action="give the block a mode that it allows",
+    )
 
 
 @dataclass(frozen=True)
@@ -99,6 +117,9 @@ class Costs:
         optimizer_bytes: state of the optimiser.
         update_bytes: temporaries of one step of the optimiser over all parameters.
         heads: the caller's loss, by the layout of z[L].
+        channels_last: as of the Program.
+        draws_by_layout: whether random numbers are drawn for whole activations: which of them goes where depends on how
+            these are laid out.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -109,11 +130,18 @@ class Costs:
     update_bytes: int
     blocks: tuple[BlockCosts, ...]
     heads: Mapping[Layout, Effect]
+    channels_last: bool = False
+    draws_by_layout: bool = False
 
     @property
     def batch_size(self) -> int:
         """Samples in a step."""
         return self.shapes[0][0]
+
+    @property
+    def input_layout(self) -> Layout:
+        """Of z[0]; where it is not row by row, z[0] is a copy of the batch."""
+        return _batch_layout(self.shapes[0]) if self.channels_last else None
 
     @property
     def element_bytes(self) -> tuple[int, ...]:
@@ -141,6 +169,7 @@ def measure_costs(
     loss: Loss = classification_loss,
     device: DeviceKind = "cpu",
     measured: bool = True,
+    channels_last: bool = False,
 ) -> Costs:
     """What every instruction of any Program of ``model`` does to memory.
 
@@ -151,6 +180,7 @@ def measure_costs(
         optimizer: a name of :data:`edgetrain.memory.OPTIMIZERS`, a function of the parameters, or None.
         loss: from the model's output.
         measured: whether convolutions may be run here on a few samples, to see what they take inside (CPU only).
+        channels_last: of Programs whose z[0] has its channels last.
 
     Raises:
         ModelError: a block cannot run without data; names the module.
@@ -166,7 +196,8 @@ def measure_costs(
             stepper = None if factory is None else factory([p for p in fake.parameters() if p.requires_grad])
             if stepper is not None:
                 create_state(stepper, recorder)
-            batch = Form((batch_size, *input_shape), dtype)
+            shape = (batch_size, *input_shape)
+            batch = Form(shape, dtype, _batch_layout(shape) if channels_last else None)
             classify_resident(recorder, fake, stepper, batch.make())
             with recorder, torch.no_grad():
                 survey = Survey(chain_of(fake), recorder, batch, factory)
@@ -191,8 +222,15 @@ def measure_costs(
         optimizer_bytes=resident["optimizer"],
         update_bytes=history.peak_between(*update),
         blocks=tuple(
-            BlockCosts(block.name, isinstance(block.module, Invertible), gradient_bytes, effects)
+            BlockCosts(block.name, isinstance(block.module, Invertible), gradient_bytes, effects, channels_last)
             for block, gradient_bytes, effects in per_block
         ),
         heads={layout: history.effect(seen) for layout, seen in survey.heads.items()},
+        channels_last=channels_last,
+        draws_by_layout=trace.draws_by_layout,
     )
+
+
+def _batch_layout(shape: tuple[int, ...]) -> Layout:
+    """Of a batch with channels last, None where that is row by row too."""
+    return layout_of(with_channels_last(torch.empty(shape, device="meta")))

@@ -18,7 +18,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from edgetrain.memory.step import Loss, OptimizerFactory, classification_loss, o
 from edgetrain.memory.stopwatch import Clock, Sample, Step, Stopwatch, copy_rate, head_seconds, sequences
 from edgetrain.memory.times import BlockTimes, Times
 from edgetrain.nn.invertible import Invertible
+from edgetrain.nn.layouts import with_channels_last
 from edgetrain.runtime.offload import can_be_rounded
 from edgetrain.targets import select_target
 from edgetrain.targets.other_work import others_share, processor_ticks
@@ -73,6 +74,7 @@ def measured_times(
     budget_s: float = 5.0,
     memory_bytes: int | None = None,
     clock: Clock = time.perf_counter,
+    channels_last: bool = False,
 ) -> Times:
     """What every instruction takes on the device that the model is on.
 
@@ -87,6 +89,7 @@ def measured_times(
         memory_bytes: to spend; None: half of what the device has available.
         clock: what is read around an instruction. ``time.process_time`` where the machine is busy with other work:
             processor seconds, which are seconds of a step on a CPU with one thread.
+        channels_last: of Programs whose z[0] has its channels last.
 
     Returns:
         Seconds; ``source`` names the share of the processors that other work took, where that was a tenth or more.
@@ -105,13 +108,17 @@ def measured_times(
         memory_bytes = int(_MEMORY_SHARE * probe.available_bytes)
     factory = None if optimizer is None else optimizer_factory(optimizer)
     with _random_state_kept(device), torch.no_grad():
+
+        def batch_of(samples: int) -> Sample:
+            images = torch.empty(samples, *input_shape, dtype=dtype, device=device)
+            return Sample.of(with_channels_last(images) if channels_last else images)
+
         course = _Course(chain_of(copy.deepcopy(original).to(dtype).train()), factory, loss, clock)
-        few = min(_FEW, batch_size)
-        course.begin(Sample.of(torch.empty(few, *input_shape, dtype=dtype, device=device)))
-        n = course.largest_batch(batch_size, memory_bytes, budget_s)
-        course.begin(Sample.of(torch.empty(n, *input_shape, dtype=dtype, device=device)))
+        course.begin(batch_of(min(_FEW, batch_size)))
+        course.begin(batch_of(course.largest_batch(batch_size, memory_bytes, budget_s)))
         course.measure(until=began + budget_s)
-        return course.times(batch_size, source=_source(others_share(ticks, processor_ticks())))
+        times = course.times(batch_size, source=_source(others_share(ticks, processor_ticks())))
+        return replace(times, channels_last=channels_last)
 
 
 class _Course:
@@ -197,7 +204,9 @@ class _Course:
     def _run(self, kind: _Kind) -> None:
         for sequence in kind.todo:
             stopwatch = Stopwatch(self._chain.blocks, kind.i, update=kind.update, clock=self._clock)
-            taken, kind.y = stopwatch.time(sequence, kind.x)
+            taken, y = stopwatch.time(sequence, kind.x)
+            if sequence is kind.todo[0]:  # what is computed in place is laid out row by row, whatever it came from
+                kind.y = y
             for step, seconds in zip(sequence, taken, strict=True):
                 name = _name(step)
                 kind.seconds[name] = min(seconds, kind.seconds.get(name, seconds))

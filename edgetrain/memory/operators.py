@@ -170,8 +170,15 @@ def _upsample(call: Call) -> list[int]:
 
 
 def _gradient_copy(call: Call) -> list[int]:
-    dy = call.arguments[0]
-    return [] if dy.is_contiguous or dy.is_channels_last else [dy.nbytes]
+    """Of a gradient that is not dense; if it is, but laid out otherwise than the input, all is done in two layouts."""
+    dy, *others = _tensors(call)
+    if not (dy.is_contiguous or dy.is_channels_last):
+        return [dy.nbytes]
+    if not others:
+        return []
+    x = others[0]
+    alike = (dy.is_contiguous and x.is_contiguous) or (dy.is_channels_last and x.is_channels_last)
+    return [] if alike else [t.nbytes for t in others]
 
 
 def _product(call: Call) -> list[int]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgetrain.memory.costs import BlockCosts, Costs
-from edgetrain.memory.effects import Effect
 from edgetrain.memory.rates import OperatorRates, rates_of
 from edgetrain.memory.times import BlockTimes, Times
 
@@ -43,7 +42,7 @@ def predicted_times(costs: Costs, rates: Profile | OperatorRates, precision: Pre
 
 def _block_times(block: BlockCosts, rates: OperatorRates) -> BlockTimes:
     def seconds(name: str) -> float | None:
-        effect = _effect(block, name)
+        effect = block.usual(name)
         return None if effect is None else rates.seconds(effect.work)
 
     forward = seconds("forward input")
@@ -63,10 +62,3 @@ def _block_times(block: BlockCosts, rates: OperatorRates) -> BlockTimes:
         forward_products_only=seconds("forward products_only"),
         backward_invert_selective=seconds("backward invert_selective after forward products_only"),
     )
-
-
-def _effect(block: BlockCosts, name: str) -> Effect | None:
-    """Of the instruction with contiguous operands if it was tried, else with any."""
-    found = [(key, effect) for key, effect in block.effects.items() if key[0] == name]
-    plain = [effect for key, effect in found if key[1:] == (None, None)]
-    return plain[0] if plain else found[0][1] if found else None

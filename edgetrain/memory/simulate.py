@@ -93,7 +93,7 @@ def simulate(program: Program, costs: Costs, *, optimizer_bytes: int | None = No
     check_same_chain(program, costs)
     state = costs.optimizer_bytes if optimizer_bytes is None else optimizer_bytes
     simulator = Simulator(program, costs, costs.weight_bytes + state)
-    resident = simulator.level
+    resident = simulator.resident_bytes
     moments = [simulator.run(step) for step in program.instructions]
     if not updates_in_backward(program):
         after = resident + costs.gradient_bytes
@@ -103,12 +103,16 @@ def simulate(program: Program, costs: Costs, *, optimizer_bytes: int | None = No
 
 def check_same_chain(program: Program, costs: Costs) -> None:
     """Raises ModelError where ``costs`` are of another chain or batch size."""
-    if program.names != costs.names or program.shapes != costs.shapes:
+    if (program.names, program.shapes, program.channels_last) != (costs.names, costs.shapes, costs.channels_last):
         raise ModelError(
-            found=f"costs of {len(costs.names)} blocks for {costs.shapes[0]}",
-            expected=f"those of the program: {len(program.names)} blocks for {program.shapes[0]}",
+            found=f"costs of {len(costs.names)} blocks for {_named(costs)}",
+            expected=f"those of the program: {len(program.names)} blocks for {_named(program)}",
             action="measure the costs of this model at this input and batch size",
         )
+
+
+def _named(step: Program | Costs) -> str:
+    return f"{step.shapes[0]}" + (" with channels last" if step.channels_last else "")
 
 
 def updates_in_backward(program: Program) -> bool:
@@ -153,6 +157,7 @@ class Simulator:
 
     Attributes:
         level: bytes allocated; ``peak``: the most since the last instruction began.
+        resident_bytes: of the level, what stays from step to step.
         host_peak_bytes: most bytes offloaded to the host at once.
     """
 
@@ -166,10 +171,11 @@ class Simulator:
         self._first: dict[int, str] = {}
         self._offloaded: dict[int, tuple[Storage, Layout, Place]] = {}
         self._host_bytes = self.host_peak_bytes = 0
-        self.level = self.peak = resident_bytes + self._sizes[0]
+        self.level = self.peak = self.resident_bytes = resident_bytes + self._sizes[0]
         batch = Storage(self._sizes[0])
         batch.holders, batch.foreign = 1, True
-        self._put(self._z, 0, batch, None)
+        layout = costs.input_layout
+        self._put(self._z, 0, batch if layout is None else self._new(self._sizes[0]), layout)
 
     def run(self, step: Instruction) -> Moment:
         """What ``step`` does."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from edgetrain.chain import Block
 from edgetrain.memory.step import Loss
 from edgetrain.nn.invertible import Invertible
+from edgetrain.nn.layouts import channels_last_strides
 from edgetrain.runtime.executor import Execution, Updater
 from edgetrain.runtime.offload import offload
 from edgetrain.runtime.program import INVERSIONS, Backward, Forward, Head, Place, Program, Update, kept_by
@@ -45,6 +46,11 @@ class Sample:
     def nbytes(self) -> int:
         """Bytes of its elements."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def has_channels_last(self) -> bool:
+        """Whether it is laid out so, without holes."""
+        return len(self.shape) == 4 and self.strides == channels_last_strides(self.shape)
 
     @classmethod
     def of(cls, tensor: Tensor) -> Sample:
@@ -81,7 +87,8 @@ class Stopwatch(Execution):
             if isinstance(step, Backward):
                 for parameter in self._blocks[i].module.parameters():
                     parameter.grad = None
-                self._g[i + 1] = Sample(y.shape, _contiguous(y.shape), y.dtype, y.device).make()
+                strides = y.strides if y.has_channels_last else _contiguous(y.shape)
+                self._g[i + 1] = Sample(y.shape, strides, y.dtype, y.device).make()
             _wait_for(x.device)
             began = self._clock()
             self._run(step)

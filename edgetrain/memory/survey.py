@@ -60,14 +60,16 @@ class Survey:
     def run(self, loss: Loss) -> None:
         """Forward through the chain, the head, and back for gradients that are not contiguous."""
         count = len(self.blocks)
-        inputs: list[set[Layout]] = [{None}]
+        inputs: list[set[Layout]] = [{self.forms[0].layout}]
         for i in range(count):
             self._of_block.append(self._kind(i))
             for layout in inputs[i]:
                 self._observe(i, layout, None)
             form, layouts = _outputs(self._of_block[i], "y")
             self.forms.append(form)
-            inputs.append({None, *layouts})  # an inverse, and a file, give back a contiguous one
+            # an inverse gives back a contiguous one, and so does a file
+            inverted = isinstance(self.blocks[i].module, Invertible)
+            inputs.append(layouts if self.forms[0].layout is not None and not inverted else {None, *layouts})
         gradients: set[Layout] = set()
         for layout in inputs[count]:
             self.heads[layout] = _observe_head(replace(self.forms[count], layout=layout), loss, self._recorder)

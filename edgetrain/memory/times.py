@@ -85,6 +85,7 @@ class Times:
         source: ``measured on this machine`` or ``rates of profile X``.
         shapes: of z[0] ... z[L], batch first.
         element_bytes: of one element of z[0] ... z[L].
+        channels_last: as of the Program.
     """
 
     blocks: tuple[BlockTimes, ...]
@@ -94,11 +95,17 @@ class Times:
     source: str
     shapes: tuple[tuple[int, ...], ...]
     element_bytes: tuple[int, ...]
+    channels_last: bool = False
 
     @property
     def batch_size(self) -> int:
         """Samples in a step."""
         return self.shapes[0][0]
+
+    @property
+    def keep_all_seconds(self) -> float:
+        """Of the forward and backward passes of a step in which every block is stored, without the loss."""
+        return math.fsum(block.forward_all + block.backward_saved for block in self.blocks)
 
     def copy_seconds(self, index: int, place: Place) -> float:
         """Of z[index] to ``place``, or back."""
@@ -115,7 +122,7 @@ def program_seconds(program: Program, times: Times) -> float:
     Raises:
         ModelError: the times are of another chain or batch size, or a block does not allow an instruction.
     """
-    if program.shapes != times.shapes:
+    if (program.shapes, program.channels_last) != (times.shapes, times.channels_last):
         raise ModelError(
             found=f"times of {len(times.blocks)} blocks for {times.shapes[0]}",
             expected=f"those of the program: {len(program.names)} blocks for {program.shapes[0]}",

@@ -125,12 +125,14 @@ class StepTrace:
         blocks: of all calls, by number, those that were there before the step included.
         resident: blocks that were there when the step began: weights, batch, state of the optimiser.
         freed_last: blocks that went after the last call.
+        draws_by_layout: whether random numbers were drawn for tensors with more than one dimension besides the batch's.
     """
 
     calls: list[Call] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
     resident: list[int] = field(default_factory=list)
     freed_last: tuple[int, ...] = ()
+    draws_by_layout: bool = False
 
 
 class Recorder(TorchDispatchMode):
@@ -257,6 +259,8 @@ class Recorder(TorchDispatchMode):
         arguments = _metas((*args, *kwargs.values()))
         freed, self._freed = tuple(self._freed), []
         result = func(*args, **kwargs)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            _for_each_tensor(result, self._note_random)
         made: list[int] = []
         _for_each_tensor(result, lambda tensor: self._note(tensor, module, made))
         written = _written(func, args, kwargs, result) if not func.is_view and (made or func._schema.is_mutable) else ()
@@ -264,6 +268,9 @@ class Recorder(TorchDispatchMode):
             Call(str(func), arguments, freed, tuple(made), module, self.phase, written, slice_weight())
         )
         return result
+
+    def _note_random(self, tensor: Tensor) -> None:
+        self.trace.draws_by_layout |= tensor.dim() > 2 and sum(extent > 1 for extent in tensor.shape[1:]) > 1
 
     def _note(self, tensor: Tensor, module: str, made: list[int]) -> None:
         block = self._meet(tensor, module)

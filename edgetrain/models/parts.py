@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from edgetrain.errors import ModelError, UsageError
 from edgetrain.nn import BatchPool, ChannelPool
+from edgetrain.nn.layouts import new_like
 from edgetrain.nn.max_pool import max_pool2d
 from edgetrain.nn.pooling import InvertiblePool
 from edgetrain.nn.slices import batch_slices
@@ -97,9 +98,8 @@ class MaxPoolPad(nn.Module):
                 action="choose an image size divisible by 2 for every pooling of the model (8 for three of them)",
             )
         pooled = max_pool2d(x, 2)
-        y = x.new_zeros(n, 2, self.out_channels // 2, h // 2, w // 2)
-        y[:, :, : c // 2] = pooled.view(n, 2, c // 2, h // 2, w // 2)
-        y = y.view(n, self.out_channels, h // 2, w // 2)
+        y = new_like(pooled, (n, self.out_channels, h // 2, w // 2)).zero_()
+        y.view(n, 2, -1, h // 2, w // 2)[:, :, : c // 2] = pooled.view(n, 2, -1, h // 2, w // 2)
         return y if self.slope is None else F.leaky_relu_(y, self.slope)
 
     def extra_repr(self) -> str:

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from edgetrain.nn.layouts import laid_out_as
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -89,7 +91,7 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx, dy: Tensor):  # type: ignore[no-untyped-def]
         x, scale, mean, invstd = ctx.saved_tensors
         count, shape = x.numel() // x.shape[1], [1, -1] + [1] * (x.dim() - 2)
-        dy = dy.contiguous()
+        dy = laid_out_as(dy, x)
         sum_dy, sum_dy_xhat = channel_sums(x, dy, mean, invstd)
         dx = None
         if ctx.needs_input_grad[0]:

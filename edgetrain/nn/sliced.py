@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from edgetrain.nn.layouts import new_like
 from edgetrain.nn.slices import batch_slices
 
 
@@ -25,7 +26,7 @@ class _SlicedConv(torch.autograd.Function):
         for s in batch_slices(x):
             part = F.conv2d(x[s], weight, bias, *settings)
             if y is None:
-                y = part.new_empty((x.shape[0], *part.shape[1:]))
+                y = new_like(part, (x.shape[0], *part.shape[1:]))
             y[s] = part
         assert y is not None
         return y
@@ -58,11 +59,12 @@ def convolution_gradients(
     slices = list(batch_slices(x))
     if len(slices) <= 1:
         return tuple(torch.ops.aten.convolution_backward(dy, x, weight, bias_sizes, *settings, mask))
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if mask[0] else None
+    dx: Tensor | None = None
     sums: list[Tensor | None] = [None, None]
     for s in batch_slices(x):
         parts = torch.ops.aten.convolution_backward(dy[s], x[s], weight, bias_sizes, *settings, mask)
-        if dx is not None:
+        if parts[0] is not None:
+            dx = new_like(parts[0], x.shape) if dx is None else dx
             dx[s] = parts[0]
         for k, part in enumerate(parts[1:]):
             total = sums[k]

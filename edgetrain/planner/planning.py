@@ -11,6 +11,7 @@ The search itself (:mod:`edgetrain.planner.search`) is pure: same numbers, same 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import nn
 
 from edgetrain.chain import Mode, chain_of
 from edgetrain.chain.noise import BFLOAT16_NSR, Noise
-from edgetrain.errors import UsageError
+from edgetrain.errors import ModelError, UsageError
 from edgetrain.memory import Costs, Guest, measure_costs
 from edgetrain.memory.estimate import DTYPES, Precision, from_trace
 from edgetrain.memory.measured_times import measured_times
@@ -33,9 +34,10 @@ from edgetrain.planner.place import Place
 from edgetrain.planner.plans import Alternative, Costed, Plan
 from edgetrain.planner.reasons import explain, modes_of, rounded_in
 from edgetrain.planner.samples import micro_batch_counts, probed_noise, reach_of
-from edgetrain.planner.search import Candidate, Search, at_micro_batches
+from edgetrain.planner.search import CLOCK_ERROR, Candidate, Search, at_micro_batches, pareto
 from edgetrain.planner.shortage import shortage
 from edgetrain.runtime import Program, wrap
+from edgetrain.runtime.program import INVERSIONS
 from edgetrain.units import format_mib, parse_size
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ def plan(
     allow_ghost_batchnorm: bool = False,
     snr_limit: float = SNR_LIMIT,
     stored_precision: StoredPrecision | None = None,
+    channels_last: bool | None = None,
     times: Times | OperatorRates | None = None,
     noise: Noise | None = None,
     guest: Guest = _NOBODY,
@@ -95,6 +98,9 @@ def plan(
         stored_precision: ``"bf16"``: an input that is kept until its block is run again, or an inversion starts from
             it, may wait in bfloat16, at half its bytes. Gradients then differ by that rounding: at most 2^-8 of each
             value that waits. None: no activation is rounded.
+        channels_last: whether the batch is copied so that its channels come last, :mod:`edgetrain.nn.layouts`, which
+            changes results by rounding alone, unless there is dropout of whole activations. None: where blocks are
+            timed on this machine's CPU, what is faster; else not, as with such dropout or an infinite ``snr_limit``.
         times: of a step at this batch size, or the rates from which they follow; None: measured here, or from the
             profile's rates.
         noise: of the model; None: measured with samples of random numbers. Real samples are better, see
@@ -120,6 +126,7 @@ def plan(
         allow_ghost_batchnorm=allow_ghost_batchnorm,
         snr_limit=snr_limit,
         stored_precision=stored_precision,
+        channels_last=channels_last,
         times=times,
         noise=noise,
         guest=guest,
@@ -145,6 +152,7 @@ class Planner:
         allow_ghost_batchnorm: bool = False,
         snr_limit: float = SNR_LIMIT,
         stored_precision: StoredPrecision | None = None,
+        channels_last: bool | None = None,
         times: Times | OperatorRates | None = None,
         noise: Noise | None = None,
         guest: Guest = _NOBODY,
@@ -191,6 +199,7 @@ class Planner:
             "snr_limit": snr_limit,
             "noise": noise,
             "stored_precision": stored_precision,
+            "channels_last": channels_last,
             "guest": guest,
             "group": group,
         }
@@ -202,8 +211,10 @@ class Planner:
             self._rounded_reach = reach_of(self._noise, snr_limit, output_nsr=BFLOAT16_NSR)
             self._too_noisy = self._noise.forbidden(snr_limit)
         self._stored = stored_precision
-        self._costs: dict[int, Costs] = {}
-        self._searches: dict[int, tuple[Search, Times]] = {}
+        self._channels_last, self._may_choose = channels_last, not math.isinf(snr_limit)
+        self._costs: dict[tuple[int, bool], Costs] = {}
+        self._measured: dict[tuple[int, bool], Times] = {}
+        self._searches: dict[tuple[int, bool], tuple[Search, Times]] = {}
 
     def plan(self, budget: str | int | None = None) -> Plan:
         """The fastest plan within ``budget``; see :func:`edgetrain.plan`."""
@@ -221,16 +232,17 @@ class Planner:
         """As :meth:`plan`, but None where nothing fits."""
         limit = self.limit_bytes(budget)
         best: Found | None = None
-        for count in self._counts:
-            found = self._fastest(count, limit)
+        for count, channels_last in itertools.product(self._counts, self._layouts):
+            if best is not None and (best.is_unhindered or (self._few and count != best.count)):
+                break  # further parts would change the statistics more, or cost only time
+            found = self._fastest(count, limit, channels_last)
             if found is not None and (best is None or found.whole.seconds < best.whole.seconds):
                 best = found
-            if best is not None and (self._few or best.is_unhindered):
-                break  # further parts would change the statistics more, or cost only time
         if best is None:
             return None
         modes = modes_of(best.candidate.program)
-        costs, (search, times) = self.costs(best.samples), self._search(best.samples)
+        costs = self.costs(best.samples, best.candidate.program.channels_last)
+        search, times = self._search_for(best.candidate)
         reasons, rejected = explain(best.candidate.program, self._blocks, costs, times, self._too_noisy)
         fastest = replace(best.candidate, seconds=search.bound_seconds(best.limit_bytes))
         return Plan(
@@ -263,12 +275,16 @@ class Planner:
 
     def front(self, micro_batches: int = 1) -> tuple[Candidate, ...]:
         """Steps that nothing beats in both peak and time, leanest first."""
-        search, _ = self._search(self.batch_size // micro_batches)
-        return tuple(self._whole(candidate, micro_batches) for candidate in search.front())
+        samples = self.batch_size // micro_batches
+        found = [self._search(samples, last)[0].front() for last in self._layouts]
+        if len(found) == 1:
+            return tuple(self._whole(candidate, micro_batches) for candidate in found[0])
+        return pareto(self._whole(candidate, micro_batches) for front in found for candidate in front)
 
     def least(self) -> Candidate:
         """The step with the smallest peak."""
-        return min((self._whole(c, n) for c, n in self._leanest()), key=lambda found: found.peak_bytes)
+        found = [self._whole(candidate, n) for n in self._counts for candidate in self._leanest(n)]
+        return min(found, key=lambda candidate: candidate.peak_bytes)
 
     def needed(self) -> tuple[int, int]:
         """Bytes that the leanest step needs of the device, and its number of micro-batches."""
@@ -298,17 +314,51 @@ class Planner:
 
     def _need(self, count: int) -> int:
         """Bytes that the leanest step of ``count`` micro-batches needs of the device."""
-        candidate = self._search(self.batch_size // count)[0].least()
+        return min(self._need_of(candidate, count) for candidate in self._leanest(count))
+
+    def _need_of(self, candidate: Candidate, count: int) -> int:
         peak = self._whole(candidate, count).peak_bytes
         reserved = self._reserved_bytes(candidate)
         return max(peak, (reserved or 0) + peak - candidate.peak_bytes)  # gradients that stay from part to part
 
-    def _leanest(self) -> list[tuple[Candidate, int]]:
-        return [(self._search(self.batch_size // n)[0].least(), n) for n in self._counts]
+    def _leanest(self, count: int) -> list[Candidate]:
+        """The leanest step of one of ``count`` micro-batches, in each layout."""
+        return [self._search(self.batch_size // count, last)[0].least() for last in self._layouts]
 
-    def costs(self, samples: int) -> Costs:
+    @functools.cached_property
+    def _layouts(self) -> tuple[bool, ...]:
+        """Whether channels come last, by preference: last, where that is measurably faster, or first."""
+        if self._channels_last is not None:
+            return (self._channels_last,)
+        if isinstance(self._times, Times):
+            return (self._times.channels_last,)
+        timed = self._times is None and self._any_times is None and self.place.profile is None
+        if not (timed and self._may_choose and self.place.kind == "cpu" and self._takes_images):
+            return (False,)
+        samples = self.batch_size // self._counts[0]
+        if self.costs(samples).draws_by_layout:
+            return (False,)  # dropout would drop other elements
+        first = self._times_of(samples, False).keep_all_seconds
+        try:
+            last = self._times_of(samples, True).keep_all_seconds
+            self.costs(samples, True)
+        except (RuntimeError, ModelError):  # the model makes a view that takes channels first
+            return (False,)
+        return (True, False) if last < (1 - CLOCK_ERROR) * first else (False,)
+
+    @property
+    def _takes_images(self) -> bool:
+        """Whether there are convolutions, none of them in a block that is inverted layer by layer: on planes alone."""
+        if len(self.input_shape) != 3 or self.input_shape[0] == 1:
+            return False  # of a single channel it is both first and last
+        if any(isinstance(b.module, Invertible) and b.module.layerwise and _convolves(b.module) for b in self._blocks):
+            return False
+        return _convolves(self.model)
+
+    def costs(self, samples: int, channels_last: bool = False) -> Costs:
         """Bytes of every instruction on a batch of ``samples``; what a guest holds is among the weights."""
-        if samples not in self._costs:
+        key = samples, channels_last
+        if key not in self._costs:
             own = measure_costs(
                 self.model,
                 input_shape=self.input_shape,
@@ -317,49 +367,62 @@ class Planner:
                 optimizer=self._optimizer,
                 loss=self._loss,
                 device=self.place.kind,
+                channels_last=channels_last,
             )
-            self._costs[samples] = replace(own, weight_bytes=own.weight_bytes + self._guest.standing_bytes)
-        return self._costs[samples]
+            self._costs[key] = replace(own, weight_bytes=own.weight_bytes + self._guest.standing_bytes)
+        return self._costs[key]
 
-    def _search(self, samples: int) -> tuple[Search, Times]:
-        if samples not in self._searches:
-            times = self._times_of(self.costs(samples))
+    def _search_for(self, candidate: Candidate) -> tuple[Search, Times]:
+        """Where ``candidate`` was found."""
+        return self._search(candidate.program.shapes[0][0], candidate.program.channels_last)
+
+    def _search(self, samples: int, channels_last: bool) -> tuple[Search, Times]:
+        key = samples, channels_last
+        if key not in self._searches:
+            times = self._times_of(samples, channels_last)
+            # what comes back from an output is laid out row by row, and so is all that follows it
+            forbidden = [INVERSIONS] * len(self._blocks) if channels_last else self._too_noisy
             search = Search(
                 self._blocks,
-                self.costs(samples),
+                self.costs(samples, channels_last),
                 times,
                 reach=self._reach,
                 rounded_reach=self._rounded_reach,
-                too_noisy=self._too_noisy,
+                too_noisy=forbidden,
                 offload=self.place.offload,
                 stored_bfloat16=self._stored == "bf16",
                 update_in_backward=self.updates_in_backward,
             )
-            self._searches[samples] = search, times
-        return self._searches[samples]
+            self._searches[key] = search, times
+        return self._searches[key]
 
-    def _times_of(self, costs: Costs) -> Times:
-        if isinstance(self._times, OperatorRates):
-            return predicted_times(costs, self._times, self.precision)
-        if self._times is not None and self._times.shapes == costs.shapes:
+    def _times_of(self, samples: int, channels_last: bool) -> Times:
+        rates = self._times if isinstance(self._times, OperatorRates) else self.place.profile
+        if isinstance(self._times, Times) and self._times.shapes == self._chain.shapes((samples, *self.input_shape)):
             return self._times
-        if self.place.profile is not None:
-            return predicted_times(costs, self.place.profile, self.precision)
+        if rates is not None:
+            times = predicted_times(self.costs(samples, channels_last), rates, self.precision)
+            return replace(times, channels_last=channels_last)
         if self._any_times is not None:
-            return replace(self._any_times, shapes=costs.shapes, blocks=self._any_times.blocks[-len(costs.blocks) :])
-        return measured_times(
-            self.model,
-            input_shape=self.input_shape,
-            batch_size=costs.batch_size,
-            optimizer=self._optimizer,
-            dtype=DTYPES[self.precision],
-            loss=self._loss,
-        )
+            costs = self.costs(samples, channels_last)
+            blocks = self._any_times.blocks[-len(costs.blocks) :]
+            return replace(self._any_times, shapes=costs.shapes, blocks=blocks, channels_last=channels_last)
+        key = samples, channels_last
+        if key not in self._measured:
+            self._measured[key] = measured_times(
+                self.model,
+                input_shape=self.input_shape,
+                batch_size=samples,
+                optimizer=self._optimizer,
+                dtype=DTYPES[self.precision],
+                loss=self._loss,
+                channels_last=channels_last,
+            )
+        return self._measured[key]
 
     def _whole(self, candidate: Candidate, count: int) -> Candidate:
         """``candidate`` as one of ``count`` micro-batches."""
-        samples = self.batch_size // count
-        after = sum(block.update for block in self._search(samples)[1].blocks)
+        after = sum(block.update for block in self._search_for(candidate)[1].blocks)
         whole = at_micro_batches(candidate, count, standing_bytes=self.standing_bytes(count), after=after)
         return replace(whole, peak_bytes=max(whole.peak_bytes, self._before_bytes(count)))
 
@@ -379,10 +442,10 @@ class Planner:
         costs = self.costs(self.batch_size // count)
         return costs.gradient_bytes + (count - 1) * math.prod(costs.shapes[0]) * costs.element_bytes[0]
 
-    def _fastest(self, count: int, budget_bytes: int | None) -> Found | None:
+    def _fastest(self, count: int, budget_bytes: int | None, channels_last: bool) -> Found | None:
         """The fastest candidate with ``count`` micro-batches whose peak, and what is reserved for it, fit."""
         samples = self.batch_size // count
-        search, _ = self._search(samples)
+        search, _ = self._search(samples, channels_last)
         standing = self.standing_bytes(count)
         if budget_bytes is not None and self._before_bytes(count) > budget_bytes:
             return None
@@ -419,8 +482,8 @@ class Planner:
         return from_trace(trace, self.place.profile, batch_size=samples).reserved_bytes
 
     def _alternatives(self, best: Found, limit_bytes: int | None) -> list[Alternative]:
-        found = []
-        for mode, candidate in self._search(best.samples)[0].uniform.items():
+        found = self._other_layout(best)
+        for mode, candidate in self._search_for(best.candidate)[0].uniform.items():
             if candidate.program.instructions == best.candidate.program.instructions:
                 continue
             whole = self._whole(candidate, best.count)
@@ -429,6 +492,19 @@ class Planner:
             reason = f"{format_mib(over)} over the budget" if over > 0 else f"{slower:+.1%} time"
             found.append(Alternative(f"uniform {mode}", reason, whole.peak_bytes, whole.seconds))
         return found
+
+    def _other_layout(self, best: Found) -> list[Alternative]:
+        """What keeping everything takes in the layout that was not chosen, where both were timed."""
+        other = not best.candidate.program.channels_last
+        if (best.samples, other) not in self._measured:
+            return []
+        seconds = [self._times_of(best.samples, last).keep_all_seconds for last in (other, not other)]
+        reason = f"{seconds[0] / seconds[1] - 1:+.1%} time of keeping everything"
+        return [Alternative("channels last" if other else "channels first", reason)]
+
+
+def _convolves(module: nn.Module) -> bool:
+    return any(isinstance(layer, nn.Conv2d) for layer in module.modules())
 
 
 def _check_stored(stored: str | None, precision: str, snr_limit: float) -> None:

@@ -124,6 +124,8 @@ class Plan:
         """Peak, time and how many blocks do what, in one line each."""
         counts = ", ".join(f"{self.modes.count(mode)} {mode}" for mode in MODES if mode in self.modes)
         lines = [f"{len(self.modes)} blocks: {counts}"]
+        if self.program.channels_last:
+            lines.append("channels last")
         if self.micro_batches > 1:
             lines.append(f"{self.micro_batches} micro-batches of {self.program.shapes[0][0]} samples")
         if self.costed is not None:
@@ -234,6 +236,7 @@ def uniform_plan(
     input_shape: tuple[int, int, int],
     batch_size: int,
     update_in_backward: bool = False,
+    channels_last: bool = False,
 ) -> Plan:
     """The same mode in every block that allows it.
 
@@ -245,6 +248,7 @@ def uniform_plan(
         batch_size: samples per step.
         update_in_backward: step the optimiser of each block as soon as its gradients are there; the optimiser is
             then given to :func:`edgetrain.wrap`.
+        channels_last: copy the batch so that its channels come last, :mod:`edgetrain.nn.layouts`.
 
     Raises:
         UsageError: no such mode.
@@ -264,6 +268,7 @@ def uniform_plan(
         chain.shapes((batch_size, *input_shape)),
         modes,
         update_in_backward=update_in_backward,
+        channels_last=channels_last,
     )
     return Plan(modes, tuple(reason for _, reason in decisions), program)
 

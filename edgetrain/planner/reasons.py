@@ -121,6 +121,9 @@ def _others(
         if not block.allows(mode):
             found.append(Alternative(mode, block.refusals[mode]))
             continue
+        if mode in INVERSIONS and cost.channels_last:
+            found.append(Alternative(mode, "works on channels first"))
+            continue
         if mode in INVERSIONS and mode in too_noisy:
             found.append(Alternative(mode, f"would leave a signal-to-noise ratio of {too_noisy[mode]:.1e}"))
             continue
@@ -156,6 +159,7 @@ def _extra(time: BlockTimes, mode: Mode) -> float:
 
 def _kept(cost: BlockCosts) -> int:
     """Bytes that storing would hold, its input among them."""
-    effect = cost.effects["forward all", None, None]
+    effect = cost.usual("forward all")
+    assert effect is not None
     inputs = next((o.nbytes for o in effect.outputs if o.name == "y"), 0) if "x" in effect.kept else 0
     return max(0, cost.saved_bytes) + inputs

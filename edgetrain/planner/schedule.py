@@ -46,6 +46,7 @@ def schedule(
     modes: Sequence[Mode],
     *,
     update_in_backward: bool = False,
+    channels_last: bool = False,
 ) -> Program:
     """The Program that runs block i in ``modes[i]``.
 
@@ -54,6 +55,7 @@ def schedule(
         shapes: of z[0] ... z[L].
         modes: of the L blocks.
         update_in_backward: step the optimiser of each block as soon as its gradients are there.
+        channels_last: as of the Program.
     """
     count = len(modes)
     inverted = [mode in INVERSIONS for mode in modes]
@@ -80,4 +82,4 @@ def schedule(
         alive = inverted[i] or modes[i] in _FROM_INPUT
         if alive and not (i > 0 and inverted[i - 1]):
             steps.append(Free(i))
-    return Program(tuple(names), tuple(shapes), tuple(steps))
+    return Program(tuple(names), tuple(shapes), tuple(steps), channels_last)

@@ -21,7 +21,7 @@ from edgetrain.planner.stages import problem_of
 from edgetrain.planner.uniform import UNIFORM_MODES, UniformMode, decide
 from edgetrain.runtime.program import INVERSIONS, Instruction, Inversion, Program
 
-_CLOCK_ERROR = 0.03
+CLOCK_ERROR = 0.03
 """Part of a step's time that measured times do not resolve."""
 
 _NEIGHBOURS = 4
@@ -105,7 +105,7 @@ class Search:
         if table is not None:
             fitting += self._fitting(table, budget_bytes)
         best = min(fitting, key=lambda found: (found.seconds, found.peak_bytes), default=None)
-        if best is not None and keep_all in fitting and best.seconds > (1 - _CLOCK_ERROR) * keep_all.seconds:
+        if best is not None and keep_all in fitting and best.seconds > (1 - CLOCK_ERROR) * keep_all.seconds:
             return keep_all  # computing something twice is not faster: times are
         return best
 
@@ -186,8 +186,9 @@ class Search:
         return self._candidate(table.instructions(m, update_in_backward=self._update))
 
     def _candidate(self, instructions: Iterable[Instruction]) -> Candidate:
-        program = Program(self._costs.names, self._costs.shapes, tuple(instructions))
-        return Candidate(program, simulate(program, self._costs).peak_bytes, program_seconds(program, self._times))
+        costs = self._costs
+        program = Program(costs.names, costs.shapes, tuple(instructions), costs.channels_last)
+        return Candidate(program, simulate(program, costs).peak_bytes, program_seconds(program, self._times))
 
     def _within_reach(self, modes: Sequence[Mode]) -> bool:
         if self._reach is None:

@@ -65,6 +65,7 @@ def planner_like(
         micro_batches=None if exact_parts else plan.micro_batches,
         allow_ghost_batchnorm=not exact_parts and plan.micro_batches > 1,
         stored_precision="bf16" if any(step.to == "bfloat16" for step in offloads) else None,
+        channels_last=plan.program.channels_last,
         times=_NOMINAL,
         loss=loss,
         group=group,
@@ -77,7 +78,8 @@ def peak_bytes(planner: Planner, plan: Plan) -> int:
     if plan.costed is not None:
         return plan.peak_bytes
     samples = plan.program.shapes[0][0]
-    return simulate(plan.program, planner.costs(samples)).peak_bytes + planner.standing_bytes(plan.micro_batches)
+    costs = planner.costs(samples, plan.program.channels_last)
+    return simulate(plan.program, costs).peak_bytes + planner.standing_bytes(plan.micro_batches)
 
 
 def _targets(peak: int, least: int) -> list[int]:

@@ -269,9 +269,9 @@ def _selection(
 
 
 def _named(cost: BlockCosts, name: str) -> Effect:
-    """An effect by its instruction, on contiguous tensors where that was seen."""
-    found = [effect for key, effect in cost.effects.items() if key[0] == name]
-    return cost.effects.get((name, None, None)) or found[0]
+    effect = cost.usual(name)
+    assert effect is not None
+    return effect
 
 
 def _peak(effect: Effect, sizes: Sequence[int], i: int, freed: set[Operand]) -> int:

@@ -23,6 +23,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from edgetrain.chain import Block
 from edgetrain.errors import ModelError
 from edgetrain.nn.invertible import Invertible, Rerun
+from edgetrain.nn.layouts import with_channels_last
 from edgetrain.nn.max_pool import lean_pooling_in
 from edgetrain.nn.selective import Products
 from edgetrain.runtime.offload import Offloaded, offload
@@ -148,7 +149,7 @@ class Execution:
     def forward(self, x: Tensor) -> Tensor:
         """z[L] of the batch ``x`` (n, ...): everything up to the head."""
         self._input_gradient = x.requires_grad
-        self._z[0] = x.detach()
+        self._z[0] = with_channels_last(x.detach()) if self._program.channels_last else x.detach()
         self._foreign.add(_storage(x))
         for position in range(self._head):
             self._run(self._program.instructions[position])

@@ -133,11 +133,14 @@ class Program:
         names: of the blocks.
         shapes: of z[0] ... z[L], batch first.
         instructions: in order.
+        channels_last: whether z[0] is the batch with channels last (:mod:`edgetrain.nn.layouts`); what ordinary blocks
+            give follows it.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     instructions: tuple[Instruction, ...]
+    channels_last: bool = False
 
     @functools.cached_property
     def is_plain(self) -> bool:
@@ -189,6 +192,7 @@ class Program:
                 "version": FORMAT_VERSION,
                 "names": self.names,
                 "shapes": self.shapes,
+                "channels_last": self.channels_last,
                 "instructions": [{"op": step.op, **asdict(step)} for step in self.instructions],
             }
         )
@@ -208,6 +212,7 @@ class Program:
                 names=tuple(str(name) for name in data["names"]),
                 shapes=tuple(_sizes(shape) for shape in data["shapes"]),
                 instructions=tuple(_instruction(step) for step in data["instructions"]),
+                channels_last=_truth(data.get("channels_last", False)),
             )
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ModelError(
@@ -237,6 +242,12 @@ def _sizes(shape: Iterable[object]) -> tuple[int, ...]:
     if min(sizes, default=1) < 0 or math.prod(sizes) > MOST_ELEMENTS:
         raise ValueError(f"a tensor of {'x'.join(map(str, sizes))}")
     return sizes
+
+
+def _truth(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{value!r}, where true or false is expected")
+    return value
 
 
 def _instruction(data: dict[str, Any]) -> Instruction:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -88,7 +88,7 @@ def record_step(
     """
     graph, fake = Graph(opset), fake_network(model, dtype)
     recorder = Recorder(graph)
-    program = plan.program
+    program = replace(plan.program, channels_last=False)  # a graph knows no layouts
     n = program.shapes[0][0]
     with torch.random.fork_rng(devices=[]), fake_mode(), whole_batch():
         images, labels = torch.empty(program.shapes[0], dtype=dtype), torch.empty(n, dtype=torch.long)
