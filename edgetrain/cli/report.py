@@ -170,21 +170,8 @@ def _planned(
     precision: Precision,
 ) -> tuple[Plan, Times | None]:
     """The fastest plan that fits; with the seconds behind it where this machine was timed."""
-    from edgetrain.memory import measured_times
-    from edgetrain.memory.estimate import DTYPES
-    from edgetrain.planner import plan as make_plan
+    from edgetrain.planner import Planner
 
-    times = None
-    if device is None:
-        times = measured_times(net, input_shape=shape, batch_size=batch, optimizer=optimizer, dtype=DTYPES[precision])
-    plan = make_plan(
-        net,
-        input_shape=shape,
-        batch_size=batch,
-        budget=budget,
-        device=device,
-        optimizer=optimizer,
-        precision=precision,
-        times=times,
-    )
-    return plan, times if times is not None and times.shapes == plan.program.shapes else None
+    planner = Planner(net, input_shape=shape, batch_size=batch, device=device, optimizer=optimizer, precision=precision)
+    plan = planner.plan(budget)
+    return plan, None if device is not None else planner.times_of(plan)

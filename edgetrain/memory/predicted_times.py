@@ -37,6 +37,7 @@ def predicted_times(costs: Costs, rates: Profile | OperatorRates, precision: Pre
         source=f"rates of profile {found.name}",
         shapes=costs.shapes,
         element_bytes=costs.element_bytes,
+        channels_last=costs.channels_last,
     )
 
 

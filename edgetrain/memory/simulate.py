@@ -263,7 +263,10 @@ class Simulator:
             x_layout = found.layout
             if how == "selective":  # z[i] stays, and may have come back in another layout
                 found.held["x"], x_layout = self._z[i]
-            dy, layout = self._pop(self._g, i + 1)
+            if how == "selective" and block.invertible:
+                dy, layout = self._own(self._g, i + 1), None
+            else:
+                dy, layout = self._pop(self._g, i + 1)
             effect = block.effect(key_of(f"backward {how}", after=found.stored_by, x=x_layout, dy=layout))
             operands = {**found.held, "dy": dy}
             taken = tuple(name for name in operands if how == "saved" or name != "x")
@@ -294,7 +297,7 @@ class Simulator:
         if place == "host":
             self._host_bytes += 0 if self._costs.device == "cpu" else copy.nbytes
             self.host_peak_bytes = max(self.host_peak_bytes, self._host_bytes)
-        self._offloaded[index] = copy, None if place == "disk" else layout, place
+        self._offloaded[index] = copy, layout, place
         self._drop(storage)
 
     def _fetch(self, index: int) -> None:

@@ -67,7 +67,7 @@ class Survey:
                 self._observe(i, layout, None)
             form, layouts = _outputs(self._of_block[i], "y")
             self.forms.append(form)
-            # an inverse gives back a contiguous one, and so does a file
+            # an inverse gives back a contiguous one
             inverted = isinstance(self.blocks[i].module, Invertible)
             inputs.append(layouts if self.forms[0].layout is not None and not inverted else {None, *layouts})
         gradients: set[Layout] = set()
@@ -140,7 +140,9 @@ class Survey:
                     )
                 elif step.how in ("selective", "recompute"):
                     after = stored_by if step.how == "selective" else first
-                    key = key_of(f"backward {step.how}", after=after, x=x_layout, dy=dy_layout)
+                    if step.how == "selective" and isinstance(block.module, Invertible):
+                        dy = replace(y, layout=None)  # in its memory
+                    key = key_of(f"backward {step.how}", after=after, x=x_layout, dy=dy.layout)
                     seen = bench.observe(key, step, x=x, dy=dy)
                 else:
                     after = stored_by if step.how == "invert_selective" else ""

@@ -124,8 +124,8 @@ def program_seconds(program: Program, times: Times) -> float:
     """
     if (program.shapes, program.channels_last) != (times.shapes, times.channels_last):
         raise ModelError(
-            found=f"times of {len(times.blocks)} blocks for {times.shapes[0]}",
-            expected=f"those of the program: {len(program.names)} blocks for {program.shapes[0]}",
+            found=f"times of {len(times.blocks)} blocks for {_named(times)}",
+            expected=f"those of the program: {len(program.names)} blocks for {_named(program)}",
             action="predict or measure the times of this model at this input and batch size",
         )
     away: dict[int, Place] = {}
@@ -138,6 +138,10 @@ def program_seconds(program: Program, times: Times) -> float:
     if any(isinstance(step, Update) for step in program.instructions):
         return seconds
     return seconds + math.fsum(block.update for block in times.blocks)
+
+
+def _named(step: Program | Times) -> str:
+    return f"{step.shapes[0]}" + (" with channels last" if step.channels_last else "")
 
 
 def block_seconds(program: Program, times: Times) -> tuple[float, ...]:

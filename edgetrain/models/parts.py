@@ -99,7 +99,8 @@ class MaxPoolPad(nn.Module):
             )
         pooled = max_pool2d(x, 2)
         y = new_like(pooled, (n, self.out_channels, h // 2, w // 2)).zero_()
-        y.view(n, 2, -1, h // 2, w // 2)[:, :, : c // 2] = pooled.view(n, 2, -1, h // 2, w // 2)
+        halves = y.view(n, 2, self.out_channels // 2, h // 2, w // 2)
+        halves[:, :, : c // 2] = pooled.view(n, 2, c // 2, h // 2, w // 2)
         return y if self.slope is None else F.leaky_relu_(y, self.slope)
 
     def extra_repr(self) -> str:

@@ -88,11 +88,7 @@ class CouplingConv(Invertible):
 
     @torch.no_grad()
     def backward_between(self, x: Tensor, y: Tensor, dy: Tensor) -> Tensor:
-        """``dx`` in the memory of ``dy`` where both input and output are at hand: nothing is inverted.
-
-        Args:
-            x: (n, c, h, w), as ``y`` and ``dy``; left alone, as ``y``.
-        """
+        """As of :class:`Invertible`, without any noise: nothing is inverted."""
         for s in batch_slices(y):
             d1, d2 = dy[s].chunk(2, 1)
             _convolution_backward(self.g, y[s].chunk(2, 1)[0].contiguous(), d2, d1)
@@ -119,6 +115,23 @@ class CouplingLayer(InvertibleSequential):
             norm=InvertibleBatchNorm(channels, eps_i=eps_i),
             act=InvertibleLeakyReLU(slope),
         )
+
+    @property
+    def between(self) -> bool:
+        return True
+
+    @torch.no_grad()
+    def backward_between(self, x: Tensor, y: Tensor, dy: Tensor) -> Tensor:
+        sums = _zero_sums(y)
+        for s in batch_slices(y, FINE_SLICE_BYTES):
+            z, dz = self.act.backward_from_output(y[s].clone(), dy[s])
+            _add_sums(sums, self.norm.gradient_sums(z, dz))
+        self.norm.add_gradients(*sums)
+        for s in batch_slices(y, FINE_SLICE_BYTES):
+            z = self.act.inverse_(y[s].clone())
+            u, du = self.norm.backward_with_sums(z, dy[s], sums, count=y.numel() // y.shape[1])
+            self.conv.backward_between(x[s], u, du)
+        return dy
 
     def forward(self, x: Tensor) -> Tensor:
         # a batch norm does not need its output for its gradient, so the activation may take its place

@@ -49,6 +49,11 @@ class Invertible(nn.Module):
         """Whether :meth:`forward_keeping_products_` can be asked for."""
         return False
 
+    @property
+    def between(self) -> bool:
+        """Whether :meth:`backward_between` can be asked for."""
+        return False
+
     @abstractmethod
     def forward_(self, x: Tensor, *, replay: bool = False) -> Tensor:
         """``y`` computed without autograd in the memory of ``x`` (n, c, h, w).
@@ -75,6 +80,16 @@ class Invertible(nn.Module):
         Gradients of the parameters are added to their ``.grad`` in place. Hidden activations are inverted
         one by one wherever the layer can do so.
         """
+
+    def backward_between(self, x: Tensor, y: Tensor, dy: Tensor) -> Tensor:
+        """``dx``, in the memory of ``dy``, from input and output: no convolution is computed a second time.
+
+        Hidden activations come back from ``y`` element by element, with the noise of that and no more.
+
+        Args:
+            x: (n, c, h, w), as ``y``; both are left alone.
+        """
+        raise NotImplementedError(f"{type(self).__name__} goes back from its output alone")
 
     @torch.no_grad()
     def inverse(self, y: Tensor) -> Tensor:

@@ -8,13 +8,47 @@ tensors as they are, which it otherwise copies to a layout of its own and back.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from edgetrain.errors import ModelError
+
+_FEWEST = 8  # input channels of a group
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """``torch.channels_last`` if that is how ``x`` is laid out and not row by row too, else ``contiguous_format``."""
-    last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    """``torch.channels_last`` if that is how ``x`` is laid out and not row by row too, else ``contiguous_format``.
+
+    Holes between pixels, as in some of the channels of a larger tensor, do not matter.
+    """
+    if x.dim() != 4 or x.is_contiguous():
+        return torch.contiguous_format
+    (_, c, h, w), (of_sample, of_channel, of_row, of_column) = x.shape, x.stride()
+    last = of_channel == 1 and c <= of_column and w * of_column <= of_row and h * of_row <= of_sample
     return torch.channels_last if last else torch.contiguous_format
+
+
+def corrupting_convolution(module: nn.Module) -> str | None:
+    """Path of a layer in ``module`` that must not run with channels last; None where there is none.
+
+    The weights' gradient of a 1x1 convolution with a stride and fewer than 8 input channels writes where it must not,
+    on a CPU whose vector instructions are AVX2 (oneDNN 3.12 in torch 2.13, one thread): the process dies, or goes on.
+    """
+    for path, layer in module.named_modules():
+        strided = isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and max(layer.stride) > 1
+        if strided and layer.in_channels // layer.groups < _FEWEST:
+            return path or type(layer).__name__
+    return None
+
+
+def check_channels_last(module: nn.Module) -> None:
+    """Raises ModelError where ``module`` must not run with channels last."""
+    path = corrupting_convolution(module)
+    if path is not None:
+        raise ModelError(
+            found=f"channels last asked for a network with {path}, a 1x1 convolution of few channels with a stride",
+            expected="channels first: oneDNN's gradient of it corrupts memory with channels last",
+            action="leave channels_last out",
+        )
 
 
 def with_channels_last(x: Tensor) -> Tensor:

@@ -102,16 +102,16 @@ class _MaxPool(torch.autograd.Function):
         return _pooled(x, windows, positions)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (positions,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # this gradient is to be differentiated too
+            index = _index(positions, *_firsts(positions, ctx.windows, ctx.shape[3])).flatten(2)
+            planes = dy.new_zeros((*ctx.shape[:2], ctx.shape[2] * ctx.shape[3]))
+            return planes.scatter_add(2, index, dy.flatten(2)).view(ctx.shape), None
         dx, dy = new_like(positions, ctx.shape, dtype=dy.dtype), laid_out_as(dy, positions)
-        tops, lefts = _corners(positions, ctx.windows)
-        width = ctx.shape[3]
-        first = (tops * width + lefts).to(torch.int32)
+        firsts = _firsts(positions, ctx.windows, ctx.shape[3])
         for s in batch_slices(dx, FINE_SLICE_BYTES):
-            rows = (positions[s] >> _ROW_SHIFT).to(torch.int32)
-            index = rows.mul_(width - _ROW).add_(positions[s].to(torch.int32)).add_(first).to(torch.int64)
+            index = _index(positions[s], *firsts)
             torch.ops.aten.max_pool2d_with_indices_backward.grad_input(
                 dy[s], dx[s], *ctx.windows.arguments, index, grad_input=dx[s]
             )
@@ -192,6 +192,18 @@ def _shifts(x: Tensor, dim: int, kernel: int, stride: int, count: int) -> list[T
     """The k-th element of each of ``count`` windows along ``dim``, for each k; views of ``x``."""
     before = (slice(None),) * dim
     return [x[(*before, slice(k, k + (count - 1) * stride + 1, stride))] for k in range(kernel)]
+
+
+def _firsts(y: Tensor, windows: _Windows, width: int) -> tuple[Tensor, int]:
+    """Position of each window's first element in an image, row * width + column, (oh, ow); and the width."""
+    tops, lefts = _corners(y, windows)
+    return (tops * width + lefts).to(torch.int32), width
+
+
+def _index(positions: Tensor, firsts: Tensor, width: int) -> Tensor:
+    """Positions in images that are ``width`` wide, as torch counts them, from those in the windows."""
+    rows = (positions >> _ROW_SHIFT).to(torch.int32)
+    return rows.mul_(width - _ROW).add_(positions.to(torch.int32)).add_(firsts).to(torch.int64)
 
 
 def _corners(y: Tensor, windows: _Windows) -> tuple[Tensor, Tensor]:

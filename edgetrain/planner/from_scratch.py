@@ -214,6 +214,7 @@ def plan_from_scratch(
                 allow_ghost_batchnorm=allow_ghost_batchnorm,
                 snr_limit=snr_limit,
                 stored_precision=stored_precision,
+                channels_last=False,
             )
             found = _planned(planner, pooling, budget)
         sequences.append(found)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -21,7 +22,7 @@ from torch import nn
 
 from edgetrain.chain import Mode, chain_of
 from edgetrain.chain.noise import BFLOAT16_NSR, Noise
-from edgetrain.errors import ModelError, UsageError
+from edgetrain.errors import UsageError
 from edgetrain.memory import Costs, Guest, measure_costs
 from edgetrain.memory.estimate import DTYPES, Precision, from_trace
 from edgetrain.memory.measured_times import measured_times
@@ -30,6 +31,7 @@ from edgetrain.memory.rates import OperatorRates
 from edgetrain.memory.step import Loss, OptimizerFactory, classification_loss, optimizer_factory, trace_step
 from edgetrain.memory.times import Times
 from edgetrain.nn import Invertible
+from edgetrain.nn.layouts import check_channels_last, corrupting_convolution
 from edgetrain.planner.place import Place
 from edgetrain.planner.plans import Alternative, Costed, Plan
 from edgetrain.planner.reasons import explain, modes_of, rounded_in
@@ -37,7 +39,7 @@ from edgetrain.planner.samples import micro_batch_counts, probed_noise, reach_of
 from edgetrain.planner.search import CLOCK_ERROR, Candidate, Search, at_micro_batches, pareto
 from edgetrain.planner.shortage import shortage
 from edgetrain.runtime import Program, wrap
-from edgetrain.runtime.program import INVERSIONS
+from edgetrain.runtime.program import INVERSIONS, Inversion
 from edgetrain.units import format_mib, parse_size
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ def plan(
     allow_ghost_batchnorm: bool = False,
     snr_limit: float = SNR_LIMIT,
     stored_precision: StoredPrecision | None = None,
-    channels_last: bool | None = None,
+    channels_last: bool | Literal["either"] | None = None,
     times: Times | OperatorRates | None = None,
     noise: Noise | None = None,
     guest: Guest = _NOBODY,
@@ -101,6 +103,7 @@ def plan(
         channels_last: whether the batch is copied so that its channels come last, :mod:`edgetrain.nn.layouts`, which
             changes results by rounding alone, unless there is dropout of whole activations. None: where blocks are
             timed on this machine's CPU, what is faster; else not, as with such dropout or an infinite ``snr_limit``.
+            ``"either"``: whatever makes the faster plan.
         times: of a step at this batch size, or the rates from which they follow; None: measured here, or from the
             profile's rates.
         noise: of the model; None: measured with samples of random numbers. Real samples are better, see
@@ -152,7 +155,7 @@ class Planner:
         allow_ghost_batchnorm: bool = False,
         snr_limit: float = SNR_LIMIT,
         stored_precision: StoredPrecision | None = None,
-        channels_last: bool | None = None,
+        channels_last: bool | Literal["either"] | None = None,
         times: Times | OperatorRates | None = None,
         noise: Noise | None = None,
         guest: Guest = _NOBODY,
@@ -205,12 +208,21 @@ class Planner:
         }
         self._any_times: Times | None = None
         self._noise = None if noise is None else noise.in_dtype(DTYPES[precision])
-        self._reach = self._rounded_reach = self._too_noisy = None
+        self._reach = self._rounded_reach = None
+        self._too_noisy: Sequence[Mapping[Mode, float]] | None = None
         if self._noise is not None:
             self._reach = reach_of(self._noise, snr_limit)
             self._rounded_reach = reach_of(self._noise, snr_limit, output_nsr=BFLOAT16_NSR)
-            self._too_noisy = self._noise.forbidden(snr_limit)
+            self._too_noisy = [_with_selective(ways) for ways in self._noise.forbidden(snr_limit)]
         self._stored = stored_precision
+        if channels_last:
+            check_channels_last(model)
+        if isinstance(times, Times) and channels_last not in (None, times.channels_last):
+            raise UsageError(
+                found=f"channels_last={channels_last!r} and times that were measured otherwise",
+                expected="times of the layout that is asked for",
+                action="pass them to measured_times too, or leave one out",
+            )
         self._channels_last, self._may_choose = channels_last, not math.isinf(snr_limit)
         self._costs: dict[tuple[int, bool], Costs] = {}
         self._measured: dict[tuple[int, bool], Times] = {}
@@ -328,6 +340,8 @@ class Planner:
     @functools.cached_property
     def _layouts(self) -> tuple[bool, ...]:
         """Whether channels come last, by preference: last, where that is measurably faster, or first."""
+        if self._channels_last == "either":
+            return (True, False)
         if self._channels_last is not None:
             return (self._channels_last,)
         if isinstance(self._times, Times):
@@ -342,18 +356,22 @@ class Planner:
         try:
             last = self._times_of(samples, True).keep_all_seconds
             self.costs(samples, True)
-        except (RuntimeError, ModelError):  # the model makes a view that takes channels first
+        except Exception:  # such as a view that takes channels first; the model runs as it is
+            self._measured.pop((samples, True), None)
             return (False,)
         return (True, False) if last < (1 - CLOCK_ERROR) * first else (False,)
 
     @property
     def _takes_images(self) -> bool:
-        """Whether there are convolutions, none of them in a block that is inverted layer by layer: on planes alone."""
+        """Whether there are convolutions, all of which run with channels last.
+
+        Blocks that are inverted layer by layer work on planes.
+        """
         if len(self.input_shape) != 3 or self.input_shape[0] == 1:
             return False  # of a single channel it is both first and last
         if any(isinstance(b.module, Invertible) and b.module.layerwise and _convolves(b.module) for b in self._blocks):
             return False
-        return _convolves(self.model)
+        return _convolves(self.model) and corrupting_convolution(self.model) is None
 
     def costs(self, samples: int, channels_last: bool = False) -> Costs:
         """Bytes of every instruction on a batch of ``samples``; what a guest holds is among the weights."""
@@ -372,6 +390,10 @@ class Planner:
             self._costs[key] = replace(own, weight_bytes=own.weight_bytes + self._guest.standing_bytes)
         return self._costs[key]
 
+    def times_of(self, plan: Plan) -> Times:
+        """Seconds of every instruction, from which those of ``plan`` follow."""
+        return self._times_of(plan.program.shapes[0][0], plan.program.channels_last)
+
     def _search_for(self, candidate: Candidate) -> tuple[Search, Times]:
         """Where ``candidate`` was found."""
         return self._search(candidate.program.shapes[0][0], candidate.program.channels_last)
@@ -381,7 +403,11 @@ class Planner:
         if key not in self._searches:
             times = self._times_of(samples, channels_last)
             # what comes back from an output is laid out row by row, and so is all that follows it
-            forbidden = [INVERSIONS] * len(self._blocks) if channels_last else self._too_noisy
+            forbidden: Sequence[Collection[Mode]] | None = self._too_noisy
+            if channels_last:
+                forbidden = [
+                    (*INVERSIONS, "selective") if isinstance(b.module, Invertible) else () for b in self._blocks
+                ]
             search = Search(
                 self._blocks,
                 self.costs(samples, channels_last),
@@ -401,8 +427,7 @@ class Planner:
         if isinstance(self._times, Times) and self._times.shapes == self._chain.shapes((samples, *self.input_shape)):
             return self._times
         if rates is not None:
-            times = predicted_times(self.costs(samples, channels_last), rates, self.precision)
-            return replace(times, channels_last=channels_last)
+            return predicted_times(self.costs(samples, channels_last), rates, self.precision)
         if self._any_times is not None:
             costs = self.costs(samples, channels_last)
             blocks = self._any_times.blocks[-len(costs.blocks) :]
@@ -430,7 +455,7 @@ class Planner:
         """Most bytes before the step, or one of ``count`` micro-batches, when the guest is busy; 0 without one."""
         if not self._guest.before_bytes:
             return 0
-        costs = self.costs(self.batch_size // count)
+        costs = self.costs(self.batch_size // count, self._layouts[0])
         batch_bytes = math.prod(costs.shapes[0]) * costs.element_bytes[0]
         resident = costs.weight_bytes + costs.optimizer_bytes + batch_bytes
         return resident + self.standing_bytes(count) + self._guest.before_bytes
@@ -439,7 +464,7 @@ class Planner:
         """What stays from one of ``count`` micro-batches to the next: gradients, and the rest of the batch."""
         if count == 1:
             return 0
-        costs = self.costs(self.batch_size // count)
+        costs = self.costs(self.batch_size // count, self._layouts[0])
         return costs.gradient_bytes + (count - 1) * math.prod(costs.shapes[0]) * costs.element_bytes[0]
 
     def _fastest(self, count: int, budget_bytes: int | None, channels_last: bool) -> Found | None:
@@ -501,6 +526,14 @@ class Planner:
         seconds = [self._times_of(best.samples, last).keep_all_seconds for last in (other, not other)]
         reason = f"{seconds[0] / seconds[1] - 1:+.1%} time of keeping everything"
         return [Alternative("channels last" if other else "channels first", reason)]
+
+
+def _with_selective(too_noisy: Mapping[Inversion, float]) -> dict[Mode, float]:
+    """With the mode in which an invertible block gets its hidden activations back from its output, if that is among."""
+    found: dict[Mode, float] = dict(too_noisy.items())
+    if "invert_layerwise" in too_noisy:
+        found["selective"] = too_noisy["invert_layerwise"]
+    return found
 
 
 def _convolves(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 
 from edgetrain.chain import MODES, Mode, chain_of
 from edgetrain.errors import ModelError, UsageError, near_matches
+from edgetrain.nn.layouts import check_channels_last
 from edgetrain.planner.schedule import schedule
 from edgetrain.planner.uniform import UniformMode, decide
 from edgetrain.runtime.program import Program
@@ -252,7 +253,7 @@ def uniform_plan(
 
     Raises:
         UsageError: no such mode.
-        ModelError: the model does not take the input.
+        ModelError: the model does not take the input, or must not run with channels last.
     """
     if mode not in get_args(UniformMode):
         raise UsageError(
@@ -260,6 +261,8 @@ def uniform_plan(
             expected="one of " + ", ".join(get_args(UniformMode)),
             action=near_matches(mode, list(get_args(UniformMode))),
         )
+    if channels_last:
+        check_channels_last(model)
     chain = chain_of(model)
     decisions = decide(chain.blocks, mode)
     modes = tuple(mode for mode, _ in decisions)

@@ -14,7 +14,6 @@ from edgetrain.runtime.program import (
     Backward,
     Fetch,
     Forward,
-    Inversion,
     Offload,
     Place,
     Program,
@@ -61,7 +60,7 @@ def explain(
     blocks: Sequence[Block],
     costs: Costs,
     times: Times,
-    too_noisy: Sequence[Mapping[Inversion, float]] | None = None,
+    too_noisy: Sequence[Mapping[Mode, float]] | None = None,
 ) -> tuple[tuple[str, ...], tuple[tuple[Alternative, ...], ...]]:
     """A reason for every block, and for everything that it does not do.
 
@@ -93,6 +92,11 @@ def _reason(i: int, mode: Mode, runs: int, cost: BlockCosts, time: BlockTimes, p
     waits = "" if place is None else f"; z[{i}] waits in {_PLACES[place]}"
     if mode == "selective":
         kept = cost.products_bytes
+        if cost.invertible:
+            return (
+                "keeps its output besides its input, and gets its hidden activations from there: spares "
+                f"{format_mib(max(0, cost.saved_bytes - kept))} for {1e3 * extra:.1f} ms{waits}"
+            )
         seconds = extra + (runs - 1) * time.forward
         return (
             f"keeps the results of its convolutions and matrix products, {format_mib(max(0, kept))}, and runs the rest "
@@ -112,7 +116,7 @@ def _reason(i: int, mode: Mode, runs: int, cost: BlockCosts, time: BlockTimes, p
 
 
 def _others(
-    block: Block, chosen: Mode, cost: BlockCosts, time: BlockTimes, too_noisy: Mapping[Inversion, float]
+    block: Block, chosen: Mode, cost: BlockCosts, time: BlockTimes, too_noisy: Mapping[Mode, float]
 ) -> list[Alternative]:
     found = []
     for mode in MODES:
@@ -121,16 +125,19 @@ def _others(
         if not block.allows(mode):
             found.append(Alternative(mode, block.refusals[mode]))
             continue
-        if mode in INVERSIONS and cost.channels_last:
+        from_output = mode in INVERSIONS or (mode == "selective" and cost.invertible)
+        if from_output and cost.channels_last:
             found.append(Alternative(mode, "works on channels first"))
             continue
-        if mode in INVERSIONS and mode in too_noisy:
+        if from_output and mode in too_noisy:
             found.append(Alternative(mode, f"would leave a signal-to-noise ratio of {too_noisy[mode]:.1e}"))
             continue
         difference = _extra(time, mode) - _extra(time, chosen)
         slower = f"{1e3 * abs(difference):.1f} ms {'more' if difference > 0 else 'less'}"
         if mode == "store":
             reason = f"would hold {format_mib(max(0, cost.saved_bytes))} until its gradient is there, for {slower}"
+        elif mode == "selective" and cost.invertible:
+            reason = f"would hold its input and its output, for {slower}"
         elif mode == "selective":
             reason = f"would hold its input and {format_mib(max(0, cost.products_bytes))} of results, for {slower}"
         elif mode == "recompute":

@@ -19,7 +19,7 @@ from edgetrain.planner.dynamic import Table
 from edgetrain.planner.schedule import schedule
 from edgetrain.planner.stages import problem_of
 from edgetrain.planner.uniform import UNIFORM_MODES, UniformMode, decide
-from edgetrain.runtime.program import INVERSIONS, Instruction, Inversion, Program
+from edgetrain.runtime.program import INVERSIONS, Instruction, Program
 
 CLOCK_ERROR = 0.03
 """Part of a step's time that measured times do not resolve."""
@@ -50,7 +50,7 @@ class Search:
         times: seconds of every instruction.
         reach: how far runs of inversions may go, :class:`edgetrain.planner.stages.Problem`; None: anywhere.
         rounded_reach: likewise from a rounded activation.
-        too_noisy: for each block the ways of inverting it that noise forbids; None: none.
+        too_noisy: for each block the modes that noise forbids; None: none.
         offload: whether activations may go to the host's memory.
         stored_bfloat16: whether they may be kept in bfloat16.
         update_in_backward: whether the optimiser steps block by block.
@@ -65,7 +65,7 @@ class Search:
         *,
         reach: Sequence[int] | None = None,
         rounded_reach: Sequence[int] | None = None,
-        too_noisy: Sequence[Collection[Inversion]] | None = None,
+        too_noisy: Sequence[Collection[Mode]] | None = None,
         offload: bool = False,
         stored_bfloat16: bool = False,
         update_in_backward: bool = False,
@@ -195,11 +195,13 @@ class Search:
             return True
         last: int | None = None
         for i in reversed(range(len(modes))):
+            if self._too_noisy is not None and modes[i] in self._too_noisy[i]:
+                return False
             if modes[i] not in INVERSIONS:
                 last = None
                 continue
             last = i if last is None else last
-            if self._reach[last] > i or (self._too_noisy is not None and modes[i] in self._too_noisy[i]):
+            if self._reach[last] > i:
                 return False
         return True
 

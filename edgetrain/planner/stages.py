@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from edgetrain.chain import Block
+from edgetrain.chain import Block, Mode
 from edgetrain.memory import BlockCosts, Costs
 from edgetrain.memory.effects import Effect, Operand
 from edgetrain.memory.simulate import BFLOAT16_BYTES
@@ -160,7 +160,7 @@ def problem_of(
     *,
     reach: Sequence[int] | None = None,
     rounded_reach: Sequence[int] | None = None,
-    too_noisy: Sequence[Collection[Inversion]] | None = None,
+    too_noisy: Sequence[Collection[Mode]] | None = None,
     offload: bool = False,
     stored_bfloat16: bool = False,
     update_in_backward: bool = False,
@@ -171,7 +171,7 @@ def problem_of(
         costs: bytes of their instructions.
         times: seconds of their instructions.
         reach: as in :class:`Problem`, like ``rounded_reach``; None: an inversion has no noise worth speaking of.
-        too_noisy: for each block the ways of inverting it that noise forbids; None: none.
+        too_noisy: for each block the modes that noise forbids; None: none.
         offload: whether activations may go to the memory of the host.
         stored_bfloat16: whether they may be kept in bfloat16.
         update_in_backward: whether the optimiser steps block by block.
@@ -207,7 +207,7 @@ def problem_of(
                 recompute_bytes=max(after, _peak(again, sizes, i, {"dy"})) if again else 0,
                 gradient_bytes=cost.gradient_bytes,
                 ways=tuple(ways),
-                selection=_selection(block, cost, time, sizes, i, after),
+                selection=None if "selective" in noisy else _selection(block, cost, time, sizes, i, after),
             )
         )
     places = []

@@ -88,6 +88,7 @@ def report_of(
             dtype=DTYPES[precision],
             optimizer=optimizer,
             device="cpu" if profile is None else profile.kind,
+            channels_last=plan.program.channels_last,
         )
         if (costs.names, costs.shapes) != (plan.program.names, plan.program.shapes):
             raise ModelError(

@@ -81,6 +81,22 @@ class _Graph:
     storages: set[int] = field(default_factory=set)
 
 
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """What an invertible block keeps in the place of its products.
+
+    Attributes:
+        y: its output.
+    """
+
+    y: Tensor
+
+    @property
+    def storages(self) -> set[int]:
+        """Of the output."""
+        return {_storage(self.y)}
+
+
 class _Entry(torch.autograd.Function):
     """Where a graph begins: catches the gradient of the input.
 
@@ -141,7 +157,7 @@ class Execution:
         self._graphs: dict[int, _Graph] = {}
         self._joining: tuple[Tensor, _Run] | None = None
         self._records: dict[int, Record] = {}
-        self._products: dict[int, Products] = {}
+        self._products: dict[int, Products | _Output] = {}
         self._offloaded: dict[int, Offloaded] = {}
         self._foreign: set[int] = set()
         self._input_gradient = False
@@ -186,7 +202,7 @@ class Execution:
             case Backward(block, "saved"):
                 self._backward_saved(block)
             case Backward(block, "selective"):
-                self._backward_again(block, self._products.pop(block).taking())
+                self._backward_selective(block)
             case Backward(block, "recompute"):
                 self._backward_again(block, contextlib.nullcontext())
             case Backward(block, how):
@@ -234,6 +250,9 @@ class Execution:
         if isinstance(module, Invertible) and keep in DROPPING:
             self._z[i + 1] = record.first_in_place(self._own(self._z, i), products=keep == "products_only")
             return
+        if isinstance(module, Invertible) and keep == "products":
+            self._keep_output(i, record.first_in_place(_copy(self._z[i]), products=False))
+            return
         x = self._z.pop(i) if keep == "nothing" else self._z[i]
         version = x._version
         self._z[i + 1] = record.first(x, within=self._keeping(i, keep))
@@ -251,15 +270,21 @@ class Execution:
                 run = module.forward_ if keep == "nothing" else module.forward_keeping_products_
                 self._z[i + 1] = run(self._own(self._z, i), replay=True)
                 return
+            if isinstance(module, Invertible) and keep == "products":
+                self._keep_output(i, module.forward_(_copy(self._z[i]), replay=True))
+                return
             x = self._z.pop(i) if keep == "nothing" else self._z[i]
             with self._keeping(i, keep):
                 self._z[i + 1] = module(x)
 
+    def _keep_output(self, i: int, y: Tensor) -> None:
+        self._z[i + 1], self._products[i] = y, _Output(y)
+
     def _keeping(self, i: int, keep: Keep) -> contextlib.AbstractContextManager[object]:
         if keep != "products":
             return contextlib.nullcontext()
-        self._products[i] = Products()
-        return self._products[i].keeping()
+        products = self._products[i] = Products()
+        return products.keeping()
 
     def _backward_saved(self, i: int) -> None:
         """The backward pass of a whole run when its last block's turn comes."""
@@ -279,6 +304,16 @@ class Execution:
         elif run.like is not None:
             shape, dtype, device = run.like
             self._g[i] = torch.zeros(shape, dtype=dtype, device=device)
+
+    def _backward_selective(self, i: int) -> None:
+        products, module = self._products.pop(i), self._blocks[i].module
+        if isinstance(products, Products):
+            self._backward_again(i, products.taking())
+            return
+        assert isinstance(module, Invertible)
+        dy = self._own(self._g, i + 1)
+        with self._records[i].again():
+            self._g[i] = module.backward_between(self._z[i], products.y, dy)
 
     def _backward_again(self, i: int, within: contextlib.AbstractContextManager[object]) -> None:
         """Runs block i once more from z[i], under autograd and inside ``within``, and goes back."""
@@ -308,8 +343,12 @@ class Execution:
         saved = any(seen in graph.storages for graph in self._graphs.values())
         kept = saved or any(seen in products.storages for products in self._products.values())
         if kept or seen in self._foreign or seen in others or not tensor.is_contiguous():
-            return tensor.clone(memory_format=torch.contiguous_format)
+            return _copy(tensor)
         return tensor
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _watching(storages: set[int]) -> saved_tensors_hooks:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from edgetrain.errors import ModelError
+from edgetrain.nn.layouts import laid_out_as
 from edgetrain.runtime.program import Place
 
 
@@ -26,6 +27,7 @@ class Offloaded:
         shape: of the tensor, as ``dtype`` and ``device``.
         copy: in host memory, or rounded on the device; or None.
         file: an unnamed temporary file with its bytes, or None.
+        strides: with which its bytes are read.
     """
 
     shape: torch.Size
@@ -33,13 +35,14 @@ class Offloaded:
     device: torch.device
     copy: Tensor | None = None
     file: IO[bytes] | None = None
+    strides: tuple[int, ...] = ()
 
     def fetch(self) -> Tensor:
         """The tensor, back on its device and in its type."""
         if self.file is None:
             assert self.copy is not None
             return self.copy.to(self.device, self.dtype)
-        tensor = torch.empty(self.shape, dtype=self.dtype)
+        tensor = torch.empty_strided(self.shape, self.strides, dtype=self.dtype)
         self.file.seek(0)
         self.file.readinto(_bytes_of(tensor))  # type: ignore[attr-defined]
         self.file.close()
@@ -64,8 +67,9 @@ def offload(tensor: Tensor, place: Place) -> Offloaded:
         copy = tensor.to("cpu", copy=True) if place == "host" else tensor.to(torch.bfloat16)
         return Offloaded(tensor.shape, tensor.dtype, tensor.device, copy=copy)
     file = tempfile.TemporaryFile()  # noqa: SIM115 - lives until it is fetched
-    file.write(_bytes_of(tensor.detach().to("cpu").contiguous()).data)
-    return Offloaded(tensor.shape, tensor.dtype, tensor.device, file=file)
+    dense = laid_out_as(tensor.detach().to("cpu"), tensor)
+    file.write(_bytes_of(dense).data)
+    return Offloaded(tensor.shape, tensor.dtype, tensor.device, file=file, strides=dense.stride())
 
 
 def can_be_rounded(dtype: torch.dtype) -> bool:
@@ -74,4 +78,5 @@ def can_be_rounded(dtype: torch.dtype) -> bool:
 
 
 def _bytes_of(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    return tensor.reshape(-1).view(torch.uint8).numpy()
+    """Of a tensor without holes, as they are in memory."""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()

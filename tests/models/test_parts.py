@@ -28,6 +28,10 @@ def test_pooling_equals_torchs(slope: float | None):
     assert torch.equal(results[0][1], results[1][1])
 
 
+def test_no_sample():
+    assert MaxPoolPad(4, 8)(torch.randn(0, 4, 8, 8)).shape == (0, 8, 4, 4)
+
+
 def test_pooling_keeps_a_byte_per_output():
     kept: list[torch.Tensor] = []
     x = torch.randn(2, 4, 8, 8, requires_grad=True) * 1.0

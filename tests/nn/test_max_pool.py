@@ -67,6 +67,27 @@ def test_other_types_and_layouts(dtype: torch.dtype):
     assert torch.equal(gradient, torch.autograd.grad(y.sum(), x)[0])
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_gradient_can_be_differentiated(layout: torch.memory_format):
+    results = []
+    for pool in (max_pool2d, F.max_pool2d):
+        x = with_ties()[1:].contiguous(memory_format=layout).requires_grad_()
+        y = pool(x, 3, 2, 1)
+        (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.square().sum(), x)
+        results.append((gradient.detach(), second))
+    for ours, torchs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-12, atol=0)
+
+
+def test_some_of_the_channels_of_a_larger_tensor():
+    whole = with_ties()[1:].repeat(1, 4, 1, 1).contiguous(memory_format=torch.channels_last)
+    half = whole.chunk(2, 1)[1].detach().requires_grad_()
+    y, expected = max_pool2d(half, 2), F.max_pool2d(half, 2)
+    assert torch.equal(y, expected)
+    assert y.stride() == expected.stride()
+
+
 def test_no_sample():
     x = torch.randn(0, 3, 8, 8, requires_grad=True)
     y = max_pool2d(x, 2)
