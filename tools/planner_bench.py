@@ -45,6 +45,7 @@ from edgetrain.nn.layouts import with_channels_last
 from edgetrain.planner import Planner
 from edgetrain.runtime import Wrapped
 from edgetrain.runtime.program import Update
+from edgetrain.units import MIB
 
 FRACTIONS = (0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 OPTIMIZER = "sgd"
@@ -114,6 +115,7 @@ class Contestant:
         self._after = None if in_backward else OPTIMIZERS[OPTIMIZER](model.parameters())
         self._optimizers = in_backward if self._after is None else [self._after]
         self.parts = parts
+        self._sizes = random.Random(0)
         self.seconds: list[float] = []
         self.peak_bytes = 0
 
@@ -137,13 +139,18 @@ class Contestant:
     def time(self) -> None:
         """One timed step, right after one that is not: a training run repeats its step.
 
-        Another contestant's step leaves other pages in the heap; the first step after it pays for that.
+        Another contestant's step leaves other pages in the heap; the first step after it pays for that. Where tensors
+        lie decides too, by a fifth and more where some share sets of the cache, and a contestant would meet the same
+        addresses every time: so blocks of random sizes are put between them.
         """
         gc.collect()
+        blocks = [torch.empty(self._sizes.randrange(1, 12 * MIB), dtype=torch.uint8) for _ in range(8)]
+        blocks = blocks[::2]
         self.step()
         began = time.perf_counter()
         self.step()
         self.seconds.append(time.perf_counter() - began)
+        del blocks
 
 
 def segmented(model: nn.Module, segments: int) -> Callable[[Tensor], Tensor]:
