@@ -18,6 +18,8 @@ from edgetrain.memory import measure_costs, measure_peak, measured_times, simula
 from edgetrain.memory.times import Times
 from edgetrain.nn.layouts import memory_format, with_channels_last
 from edgetrain.planner import Plan, Planner, planning
+from edgetrain.planner.planning import Found
+from edgetrain.planner.search import Candidate
 from edgetrain.planner.smaller import planner_like
 from edgetrain.runtime import Backward, Fetch, Head, Offload, Program
 
@@ -236,6 +238,20 @@ def test_the_faster_layout_is_taken_and_the_other_one_named(pace: dict[bool, flo
     assert not plan.program.channels_last
     assert "not channels last" in plan.explain()
     assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_channels_stay_first_where_the_clock_cannot_tell():
+    program = edgetrain.uniform_plan(build("ordinary"), "keep_all", **SHAPE).program
+
+    def found(channels_last: bool, seconds: float) -> Found:
+        candidate = Candidate(replace(program, channels_last=channels_last), 0, seconds)
+        return Found(candidate, candidate, 1, BATCH, 0, None)
+
+    assert not found(True, 0.98).is_faster_than(found(False, 1.0))
+    assert found(False, 1.0).is_faster_than(found(True, 0.98))
+    assert found(True, 0.96).is_faster_than(found(False, 1.0))
+    assert not found(False, 1.0).is_faster_than(found(True, 0.96))
+    assert found(True, 0.99).is_faster_than(found(True, 1.0))
 
 
 @pytest.mark.parametrize(
