@@ -29,6 +29,7 @@ STEPS = 20
         ("residual", "recompute"),
         ("irevnet", "invert"),
         ("hybrid", "invert_layerwise"),
+        ("layerwise", "selective"),
     ],
 )
 def test_after_twenty_steps_the_state_is_that_of_the_executor(name: str, mode: Any, tmp_path: Path) -> None:
