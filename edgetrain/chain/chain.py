@@ -289,9 +289,8 @@ def _leaves(path: str, module: nn.Module) -> Iterator[str]:
 
 def _refusals(module: nn.Module) -> dict[Mode, str]:
     refusals: dict[Mode, str] = {}
-    if isinstance(module, Invertible) and module.between:
-        pass  # its output is all that has to be kept besides its input
-    elif any(isinstance(inner, Invertible) for inner in module.modules()):
+    between = isinstance(module, Invertible) and module.between
+    if not between and any(isinstance(inner, Invertible) for inner in module.modules()):
         refusals["selective"] = "its invertible layers come by their activations in better ways"
     elif not any(is_lazy(p) or p.dim() > 1 for p in module.parameters()):
         refusals["selective"] = "no weights of a convolution or a matrix product, whose results could be kept"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -51,6 +52,7 @@ StoredPrecision = Literal["bf16"]
 SNR_LIMIT = 1e4
 """Signal over noise (a ratio of powers) below which no activation may fall."""
 
+_LOG = logging.getLogger(__name__)
 _ROUNDS = 12
 _NOBODY = Guest()
 
@@ -356,7 +358,8 @@ class Planner:
         try:
             last = self._times_of(samples, True).keep_all_seconds
             self.costs(samples, True)
-        except Exception:  # such as a view that takes channels first; the model runs as it is
+        except Exception as error:  # such as a view that takes channels first; the model runs as it is
+            _LOG.info("channels stay first: with channels last the model fails (%s)", error)
             self._measured.pop((samples, True), None)
             return (False,)
         return (True, False) if last < (1 - CLOCK_ERROR) * first else (False,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -302,16 +303,16 @@ def test_where_only_one_layout_fits_it_is_taken(pace: dict[bool, float]):
     assert planner.fitting(inverting - 1) is None
 
 
-@pytest.mark.usefixtures("pace")
-def test_a_model_that_does_not_run_with_channels_last(monkeypatch: pytest.MonkeyPatch):
+def test_a_model_that_does_not_run_with_channels_last(caplog: pytest.LogCaptureFixture):
     def planes(x: Tensor) -> None:
         if not x.is_contiguous():
             raise ValueError("planes are expected")
 
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(784, 5))
     model[0].register_forward_pre_hook(lambda _, inputs: planes(inputs[0]))
-    monkeypatch.undo()
-    plan = planned(model)
+    with caplog.at_level(logging.INFO):
+        plan = planned(model)
+    assert "planes are expected" in caplog.text
     assert not plan.program.channels_last
     assert "channels" not in plan.explain()
 
@@ -322,7 +323,7 @@ def test_plans_to_fall_back_on_are_of_both_layouts(pace: dict[bool, float]):
     plan = planned(model)
     assert plan.program.channels_last
     smaller = planner_like(model, plan, optimizer="sgd")
-    assert smaller.needed()[0] <= Planner(model, **SHAPE, channels_last=False).needed()[0] * 1.001
+    assert smaller.needed()[0] < Planner(model, **SHAPE, channels_last=True).needed()[0]
     assert not smaller.plan(smaller.needed()[0]).program.channels_last
 
 
@@ -330,11 +331,10 @@ def test_a_plan_within_a_budget_runs_within_it(pace: dict[bool, float]):
     pace[True] = 0.8
     model = build("ordinary")
     planner = Planner(model, **SHAPE)
-    least, most, layouts = planner.needed()[0], planner.plan().peak_bytes, set()
+    least, most = planner.needed()[0], planner.plan().peak_bytes
     for share in (0.0, 0.3, 0.6, 1.0):
         budget = int(least + share * (most - least))
         plan = planner.plan(budget)
-        layouts.add(plan.program.channels_last)
         assert measured_peak(model, plan) <= budget
         plain, ours = copy.deepcopy(model).double(), copy.deepcopy(model).double()
         x = torch.randn(BATCH, 3, SIZE, SIZE, dtype=torch.float64)
@@ -342,4 +342,4 @@ def test_a_plan_within_a_budget_runs_within_it(pace: dict[bool, float]):
         step_of(edgetrain.wrap(ours, plan), x)
         for got, expected in zip(ours.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(got.grad, expected.grad, rtol=1e-10, atol=1e-12)
-    assert True in layouts
+        assert plan.program.channels_last or share < 1
