@@ -18,6 +18,7 @@ from edgetrain.memory.cuda_allocator import MemoryEvent, Release
 from edgetrain.memory.effects import Effect, Key, Layout, Made, Operand, Output, Part
 from edgetrain.memory.trace import Call, Recorder
 from edgetrain.memory.work import work_of
+from edgetrain.nn.layouts import channels_last_strides
 from edgetrain.runtime.executor import Execution, Updater
 from edgetrain.runtime.program import Backward, Forward, Head, Program, Recompute, Update
 
@@ -39,7 +40,11 @@ class Form:
 
 def layout_of(tensor: Tensor) -> Layout:
     """Strides of ``tensor``, None if it is contiguous."""
-    return None if tensor.is_contiguous() else tuple(tensor.stride())
+    if tensor.is_contiguous():
+        return None
+    if tensor.is_contiguous(memory_format=torch.channels_last):  # whatever the stride of a dimension of one element is
+        return channels_last_strides(tuple(tensor.shape))
+    return tuple(tensor.stride())
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ class BlockCosts:
         gradient_bytes: of its parameters, those of later blocks left out.
         effects: of the instructions it allows.
         channels_last: as of the :class:`Costs`.
+        keeps_layout: whether it is invertible with channels last too.
     """
 
     name: str
@@ -54,6 +55,7 @@ class BlockCosts:
     gradient_bytes: int
     effects: Mapping[Key, Effect]
     channels_last: bool = False
+    keeps_layout: bool = False
 
     @property
     def saved_bytes(self) -> int:
@@ -222,7 +224,14 @@ def measure_costs(
         optimizer_bytes=resident["optimizer"],
         update_bytes=history.peak_between(*update),
         blocks=tuple(
-            BlockCosts(block.name, isinstance(block.module, Invertible), gradient_bytes, effects, channels_last)
+            BlockCosts(
+                block.name,
+                isinstance(block.module, Invertible),
+                gradient_bytes,
+                effects,
+                channels_last,
+                isinstance(block.module, Invertible) and block.module.keeps_layout,
+            )
             for block, gradient_bytes, effects in per_block
         ),
         heads={layout: history.effect(seen) for layout, seen in survey.heads.items()},

@@ -7,10 +7,14 @@ lets go of them depends on the plan; everything else it allocates and frees is i
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from edgetrain.memory.work import Work
+from edgetrain.nn.layouts import channels_last_strides, memory_format
 from edgetrain.runtime.program import Keep
 
 Operand = Literal["x", "y", "dy", "dx"]
@@ -27,9 +31,23 @@ Key = tuple[str, Layout, Layout]
 - ``backward saved after forward all``, ``backward saved after recompute all after input``
 - ``backward selective after forward products``, ``backward selective after recompute products after input``
 - ``backward invert_selective after forward products_only``, likewise after ``recompute products_only after input``
-- ``backward recompute after input``, ``backward invert``, ``backward invert_layerwise``
+- ``backward recompute after input``, ``backward invert``, ``backward invert_layerwise``; an inversion takes z[i+1] and
+  g[i+1] in one layout
 - ``update``
 """
+
+
+@functools.lru_cache(maxsize=1024)
+def owned_layout(shape: tuple[int, ...], layout: Layout, *, keeps: bool) -> Layout:
+    """In which layout an invertible block takes a tensor of ``shape``.
+
+    Args:
+        keeps: whether it :attr:`keeps_layout <edgetrain.nn.invertible.Invertible.keeps_layout>`.
+    """
+    if layout is None or not keeps:
+        return None
+    tensor = torch.empty_strided(shape, layout, device="meta")
+    return channels_last_strides(shape) if memory_format(tensor) == torch.channels_last else None
 
 
 def key_of(name: str, *, after: str = "", x: Layout = None, dy: Layout = None) -> Key:

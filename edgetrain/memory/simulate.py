@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from edgetrain.errors import ModelError
 from edgetrain.memory.costs import Costs
-from edgetrain.memory.effects import Effect, Layout, Operand, first_pass, key_of
+from edgetrain.memory.effects import Effect, Layout, Operand, first_pass, key_of, owned_layout
 from edgetrain.runtime.program import (
     DROPPING,
     INVERSIONS,
@@ -163,6 +163,7 @@ class Simulator:
 
     def __init__(self, program: Program, costs: Costs, resident_bytes: int) -> None:
         self._costs, self._plain = costs, program.is_plain
+        self._shapes = program.shapes
         self._sizes = [_size(shape) * b for shape, b in zip(program.shapes, costs.element_bytes, strict=True)]
         self._z: dict[int, _Tensor] = {}
         self._g: dict[int, _Tensor] = {}
@@ -215,7 +216,8 @@ class Simulator:
         block = self._costs.blocks[i]
         in_place = block.invertible and keep in DROPPING
         if in_place:
-            x, layout = self._own(self._z, i), None
+            layout = self._owned_layout(i, self._z[i][1])
+            x = self._own(self._z, i, layout)
         elif keep in DROPPING:
             x, layout = self._pop(self._z, i)
         else:
@@ -264,7 +266,8 @@ class Simulator:
             if how == "selective":  # z[i] stays, and may have come back in another layout
                 found.held["x"], x_layout = self._z[i]
             if how == "selective" and block.invertible:
-                dy, layout = self._own(self._g, i + 1), None
+                layout = self._owned_layout(i, found.layout, of=i + 1)
+                dy = self._own(self._g, i + 1, layout)
             else:
                 dy, layout = self._pop(self._g, i + 1)
             effect = block.effect(key_of(f"backward {how}", after=found.stored_by, x=x_layout, dy=layout))
@@ -276,9 +279,10 @@ class Simulator:
             effect = block.effect(key_of("backward recompute", after=self._first[i], x=x_layout, dy=layout))
             operands, taken = {"x": x, "dy": dy}, ("dy",)
         else:
-            y, dy = self._own(self._z, i + 1), self._own(self._g, i + 1)
+            layout = self._owned_layout(i, self._z[i + 1][1], of=i + 1)
+            y, dy = self._own(self._z, i + 1, layout), self._own(self._g, i + 1, layout)
             after = self._products.pop(i).stored_by if how == "invert_selective" else ""
-            effect = block.effect(key_of(f"backward {how}", after=after))
+            effect = block.effect(key_of(f"backward {how}", after=after, dy=layout))
             operands, taken = {"y": y, "dy": dy}, ("y", "dy")
         self._apply(effect, operands)
         self._name(effect, operands, self._g, i, "dx")
@@ -311,10 +315,14 @@ class Simulator:
         elif place == "host":
             self._host_bytes -= storage.nbytes
 
-    def _own(self, tensors: dict[int, _Tensor], i: int) -> Storage:
-        """Memory of ``tensors[i]``, taken out: a copy where the executor copies."""
-        storage, layout = self._pop(tensors, i)
-        if layout is None and not (storage.names or storage.noted or storage.foreign):
+    def _owned_layout(self, i: int, layout: Layout, *, of: int | None = None) -> Layout:
+        """In which block i takes a z or g that comes in ``layout``: that of its input, or of index ``of``."""
+        return owned_layout(self._shapes[i if of is None else of], layout, keeps=self._costs.blocks[i].keeps_layout)
+
+    def _own(self, tensors: dict[int, _Tensor], i: int, layout: Layout) -> Storage:
+        """Memory of ``tensors[i]``, taken out, in ``layout``: a copy where the executor copies."""
+        storage, given = self._pop(tensors, i)
+        if given == layout and not (storage.names or storage.noted or storage.foreign):
             return storage
         copy = self._new(self._sizes[i], storage)
         copy.holders += 1

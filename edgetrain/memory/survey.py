@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from edgetrain.chain import Block, Chain, restore_state, saved_state
 from edgetrain.memory.bench import Bench, Form, Given, History, Observation, layout_of
-from edgetrain.memory.effects import Effect, Key, Layout, Operand, first_pass, key_of
+from edgetrain.memory.effects import Effect, Key, Layout, Operand, first_pass, key_of, owned_layout
 from edgetrain.memory.fingerprint import fingerprint
 from edgetrain.memory.step import Loss, OptimizerFactory, create_state, update_parameters
 from edgetrain.memory.trace import Recorder
@@ -67,8 +67,8 @@ class Survey:
                 self._observe(i, layout, None)
             form, layouts = _outputs(self._of_block[i], "y")
             self.forms.append(form)
-            # an inverse gives back a contiguous one
-            inverted = isinstance(self.blocks[i].module, Invertible)
+            # one that comes back from an inverse may be contiguous
+            inverted = isinstance(self.blocks[i].module, Invertible) or (i + 1 < count and self._keeps_layout(i + 1))
             inputs.append(layouts if self.forms[0].layout is not None and not inverted else {None, *layouts})
         gradients: set[Layout] = set()
         for layout in inputs[count]:
@@ -113,6 +113,7 @@ class Survey:
     def _observe_sequence(self, i: int, sequence: list[_Step], x_layout: Layout, dy_layout: Layout) -> None:
         """Runs ``sequence``, from a forward pass on, as if it were all of the step."""
         block, kind, x = self.blocks[i], self._of_block[i], replace(self.forms[i], layout=x_layout)
+        keeps = self._keeps_layout(i)
         restore_state(self._initial[i])
         stepper = self._stepper(i)
         bench = Bench(self.blocks, self._recorder, update=functools.partial(self._update, stepper))
@@ -120,7 +121,7 @@ class Survey:
         for step in sequence:
             if isinstance(step, Forward | Recompute):
                 in_place = step.keep in DROPPING and isinstance(block.module, Invertible)
-                given = replace(x, layout=None) if in_place else x
+                given = replace(x, layout=owned_layout(x.shape, x_layout, keeps=keeps)) if in_place else x
                 if isinstance(step, Forward):
                     first = first_pass(step.keep)
                     key = key_of(f"forward {step.keep}", x=given.layout)
@@ -129,7 +130,8 @@ class Survey:
                 if step.keep in ("all", "products", "products_only"):
                     stored_by = key[0]
                 seen = bench.observe(key, step, x=given)
-                y = replace(seen.outputs["y"].form, layout=None)
+                y = seen.outputs["y"].form
+                y = replace(y, layout=owned_layout(y.shape, y.layout, keeps=keeps))
             elif isinstance(step, Backward):
                 self._clear_gradients(i)
                 before = self._gradient_bytes(i)
@@ -141,18 +143,22 @@ class Survey:
                 elif step.how in ("selective", "recompute"):
                     after = stored_by if step.how == "selective" else first
                     if step.how == "selective" and isinstance(block.module, Invertible):
-                        dy = replace(y, layout=None)  # in its memory
+                        dy = y  # in its memory
                     key = key_of(f"backward {step.how}", after=after, x=x_layout, dy=dy.layout)
                     seen = bench.observe(key, step, x=x, dy=dy)
                 else:
                     after = stored_by if step.how == "invert_selective" else ""
-                    seen = bench.observe(key_of(f"backward {step.how}", after=after), step, y=y, dy=y)
+                    seen = bench.observe(key_of(f"backward {step.how}", after=after, dy=y.layout), step, y=y, dy=y)
                 kind.gradient_bytes = self._gradient_bytes(i) - before
             elif stepper is not None:
                 seen = bench.observe(key_of("update"), step)
             kind.observations.setdefault(seen.key, seen)
         for parameter in block.module.parameters():
             parameter.grad = None
+
+    def _keeps_layout(self, i: int) -> bool:
+        module = self.blocks[i].module
+        return isinstance(module, Invertible) and module.keeps_layout
 
     def _clear_gradients(self, i: int) -> None:
         """As they are before the backward pass of block i: only those of later blocks are there."""

@@ -35,6 +35,10 @@ class InvertibleLeakyReLU(Invertible):
             )
         self.slope = slope
 
+    @property
+    def keeps_layout(self) -> bool:
+        return True
+
     def forward(self, x: Tensor) -> Tensor:
         return F.leaky_relu(x, self.slope)
 

@@ -53,6 +53,10 @@ class InvertibleBatchNorm(Invertible):
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
         self.saved = None
 
+    @property
+    def keeps_layout(self) -> bool:
+        return True
+
     def scale(self) -> Tensor:
         """``|gamma + eps_i|``, (c,)."""
         return (self.weight + self.eps_i).abs()

@@ -19,6 +19,7 @@ from edgetrain.nn.batchnorm import InvertibleBatchNorm, accumulate
 from edgetrain.nn.dirac import dirac_
 from edgetrain.nn.grid import Grid
 from edgetrain.nn.invertible import Invertible
+from edgetrain.nn.layouts import copied, laid_out_as, new_like
 from edgetrain.nn.sequential import InvertibleSequential
 from edgetrain.nn.slices import FINE_SLICE_BYTES, batch_slices
 
@@ -51,6 +52,10 @@ class CouplingConv(Invertible):
             dirac_(self.f)
             dirac_(self.g)
 
+    @property
+    def keeps_layout(self) -> bool:
+        return True
+
     def forward(self, x: Tensor) -> Tensor:
         x1, x2 = x.chunk(2, 1)
         y1 = x1 + self.f(x2)
@@ -78,10 +83,10 @@ class CouplingConv(Invertible):
         for s in batch_slices(y):
             y1, y2 = y[s].chunk(2, 1)
             d1, d2 = dy[s].chunk(2, 1)
-            known = y1.contiguous()
+            known = laid_out_as(y1, y)
             y2.sub_(_convolve(self.g, known))
             _convolution_backward(self.g, known, d2, d1)
-            known = y2.contiguous()
+            known = laid_out_as(y2, y)
             y1.sub_(_convolve(self.f, known))
             _convolution_backward(self.f, known, d1, d2)
         return y, dy
@@ -91,8 +96,8 @@ class CouplingConv(Invertible):
         """As of :class:`Invertible`, without any noise: nothing is inverted."""
         for s in batch_slices(y):
             d1, d2 = dy[s].chunk(2, 1)
-            _convolution_backward(self.g, y[s].chunk(2, 1)[0].contiguous(), d2, d1)
-            _convolution_backward(self.f, x[s].chunk(2, 1)[1].contiguous(), d1, d2)
+            _convolution_backward(self.g, laid_out_as(y[s].chunk(2, 1)[0], y), d2, d1)
+            _convolution_backward(self.f, laid_out_as(x[s].chunk(2, 1)[1], y), d1, d2)
         return dy
 
 
@@ -124,11 +129,11 @@ class CouplingLayer(InvertibleSequential):
     def backward_between(self, x: Tensor, y: Tensor, dy: Tensor) -> Tensor:
         sums = _zero_sums(y)
         for s in batch_slices(y, FINE_SLICE_BYTES):
-            z, dz = self.act.backward_from_output(y[s].clone(), dy[s])
+            z, dz = self.act.backward_from_output(copied(y[s]), dy[s])
             _add_sums(sums, self.norm.gradient_sums(z, dz))
         self.norm.add_gradients(*sums)
         for s in batch_slices(y, FINE_SLICE_BYTES):
-            z = self.act.inverse_(y[s].clone())
+            z = self.act.inverse_(copied(y[s]))
             u, du = self.norm.backward_with_sums(z, dy[s], sums, count=y.numel() // y.shape[1])
             self.conv.backward_between(x[s], u, du)
         return dy
@@ -179,14 +184,14 @@ class CouplingStack(InvertibleSequential):
         layers = [layer for layer in self.layers() if isinstance(layer, CouplingLayer)]
         first, last = layers[0], layers[-1]
         count = x.numel() // x.shape[1]
-        outputs = None if grid is None else self.forward_(_copy(x), replay=True)
-        carried = torch.empty_like(x) if outputs is None else outputs
-        carried_gradient = torch.empty_like(x) if len(layers) > 2 else carried
+        outputs = None if grid is None else self.forward_(copied(x), replay=True)
+        carried = new_like(x, x.shape) if outputs is None else outputs
+        carried_gradient = new_like(x, x.shape) if len(layers) > 2 else carried
         sums = _zero_sums(x)
         for s in batch_slices(x, FINE_SLICE_BYTES):
-            y = self.forward_(x[s].clone(), replay=True) if outputs is None else outputs[s].clone()
+            y = self.forward_(copied(x[s]), replay=True) if outputs is None else copied(outputs[s])
             minuend[s].sub_(y if grid is None else grid.round(y))
-            z, dz = last.act.backward_from_output(y, dy[s].clone())
+            z, dz = last.act.backward_from_output(y, copied(dy[s]))
             _add_sums(sums, last.norm.gradient_sums(z, dz))
             carried[s] = dz if len(layers) == 1 else z
         last.norm.add_gradients(*sums)
@@ -195,7 +200,7 @@ class CouplingStack(InvertibleSequential):
             sums_below = _zero_sums(x)
             for s in batch_slices(x, FINE_SLICE_BYTES):
                 z = carried[s]
-                dz = layer.act.derivative_(z, dy[s].clone()) if layer is last else carried_gradient[s].clone()
+                dz = layer.act.derivative_(z, copied(dy[s])) if layer is last else copied(carried_gradient[s])
                 u, du = layer.conv.backward_from_output(*layer.norm.backward_with_sums(z, dz, sums, count=count))
                 z, dz = below.act.backward_from_output(u, du)
                 _add_sums(sums_below, below.norm.gradient_sums(z, dz))
@@ -205,7 +210,7 @@ class CouplingStack(InvertibleSequential):
             below.norm.add_gradients(*sums)
 
         for s in batch_slices(x, FINE_SLICE_BYTES):
-            z = first.norm.forward_(first.conv.forward_(x[s].clone()), replay=True)
+            z = first.norm.forward_(first.conv.forward_(copied(x[s])), replay=True)
             y, dz = first.norm.backward_with_sums(z, carried[s], sums, count=count)
             dx[s].add_(first.conv.backward_between(x[s], y, dz))
 
@@ -218,10 +223,6 @@ def check_halves(channels: int) -> None:
             expected="an even number, because a coupling works on two halves",
             action=f"use {channels + channels % 2 or 2} channels",
         )
-
-
-def _copy(x: Tensor) -> Tensor:
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -237,7 +238,7 @@ def _convolution_backward(conv: nn.Conv2d, x: Tensor, dy: Tensor, dx: Tensor) ->
         weight = conv.weight
     mask = [True, weight.requires_grad, False]
     gradient, weight_gradient, _ = torch.ops.aten.convolution_backward(
-        dy.contiguous(),
+        laid_out_as(dy, x),
         x,
         weight,
         None,

@@ -6,7 +6,8 @@ activation and one gradient travel through the network (Gomez et al. 2017; Hasco
 
 Names follow torch: a trailing underscore means *in place*. ``forward_``, ``inverse_`` and
 ``backward_from_output`` own the tensors they are given and overwrite them; ``forward`` and ``inverse``
-leave theirs alone. All tensors are contiguous and laid out (n, c, h, w).
+leave theirs alone. All tensors are (n, c, h, w) and without holes, channels first; for a layer that :attr:`keeps_layout
+<Invertible.keeps_layout>`, channels may come last too, in all tensors of a call alike.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from edgetrain.nn.grid import Grid
+from edgetrain.nn.layouts import copied
 from edgetrain.nn.replay import Replay, replaying
 from edgetrain.nn.slices import batch_slices
 
@@ -42,6 +44,11 @@ class Invertible(nn.Module):
     @property
     def noiseless(self) -> bool:
         """Whether the inverse gives back every bit of an input that a layer of the same kind has made."""
+        return False
+
+    @property
+    def keeps_layout(self) -> bool:
+        """Whether every pass takes images with channels last as well, and its results are laid out as what it took."""
         return False
 
     @property
@@ -119,10 +126,10 @@ class Invertible(nn.Module):
         Args:
             grid: ``self(x)`` is what :meth:`forward_` gives for the whole batch, bit for bit, rounded to it.
         """
-        y = self.forward_(x.clone(memory_format=torch.contiguous_format), replay=True)
+        y = self.forward_(copied(x), replay=True)
         for s in batch_slices(y):
             minuend[s].sub_(y[s] if grid is None else grid.round(y[s]))
-        _, gradient = self.backward_from_output(y, dy.clone())
+        _, gradient = self.backward_from_output(y, copied(dy))
         dx.add_(gradient)
 
 

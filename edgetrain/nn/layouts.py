@@ -61,6 +61,11 @@ def laid_out_as(x: Tensor, model: Tensor) -> Tensor:
     return x.contiguous(memory_format=memory_format(model))
 
 
+def copied(x: Tensor) -> Tensor:
+    """A copy of ``x`` in its own layout, without holes."""
+    return x.clone(memory_format=memory_format(x))
+
+
 def new_like(x: Tensor, shape: tuple[int, ...], *, dtype: torch.dtype | None = None) -> Tensor:
     """Memory for a tensor of ``shape`` in the layout of ``x``, not filled.
 

@@ -13,16 +13,23 @@ without a temporary the size of the tensor. The same kernel fed with dy = x give
     sum x (x - K) / m - mean (mean - K) = var
 
 which loses no digits as long as K is near the mean; the mean of the first sample is taken for it.
+
+With channels last on a CPU that kernel adds up in memory, a row of one number per channel for each thread. Where rows
+end inside a line of the cache, threads wait for each other: 64 images of 20 x 32 x 32 took 1.3 ms with two threads, 0.46
+with one (AMD EPYC, Zen 5). So several pixels are taken for one of more channels, as many as fill whole lines: 0.07 ms.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from edgetrain.nn.layouts import laid_out_as
+from edgetrain.nn.layouts import laid_out_as, memory_format
+
+_LINE_BYTES = 64  # of a processor's cache
 
 
 @dataclass(frozen=True)
@@ -47,9 +54,25 @@ def channel_sums(x: Tensor, dy: Tensor, mean: Tensor, invstd: Tensor) -> tuple[T
     """
     mask = [False, True, True]
     var = invstd.square().reciprocal_()
+    pixels = _pixels_in_lines(x, dy)
+    if pixels > 1:
+        x, dy = (t.permute(0, 2, 3, 1).reshape(1, -1, 1, pixels * t.shape[1]).permute(0, 3, 1, 2) for t in (x, dy))
+        mean, var = mean.repeat(pixels), var.repeat(pixels)
     ones = torch.ones_like(mean)
     _, weighted, plain = torch.ops.aten.native_batch_norm_backward(dy, x, ones, mean, var, None, None, False, 0.0, mask)
+    if pixels > 1:
+        return plain.view(pixels, -1).sum(0), weighted.view(pixels, -1).sum(0)
     return plain, weighted
+
+
+def _pixels_in_lines(x: Tensor, dy: Tensor) -> int:
+    """Fewest pixels of (n, c, h, w) whose channels, which come last, fill whole lines of the cache; 1 elsewhere."""
+    if x.is_cuda or not all(memory_format(t) == torch.channels_last for t in (x, dy)):
+        return 1
+    if not all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, dy)):
+        return 1  # what a view skips would be in between
+    pixels = _LINE_BYTES // math.gcd(_LINE_BYTES, x.shape[1] * x.element_size())
+    return pixels if x.numel() // x.shape[1] % pixels == 0 else 1
 
 
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,6 +103,12 @@ def affine_of(statistics: Statistics, scale: Tensor, bias: Tensor) -> tuple[Tens
     return factor, bias - factor * statistics.mean
 
 
+def _affine(x: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
+    """``factor x + offset`` per channel, each (c,), in one pass: a normalisation with mean 0 and variance 1."""
+    zeros, ones = torch.zeros_like(factor), torch.ones_like(factor)
+    return torch.native_batch_norm(x, factor, offset, zeros, ones, False, 0.0, 0.0)[0]
+
+
 class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
@@ -99,8 +128,7 @@ class _Normalise(torch.autograd.Function):
             factor = scale * invstd
             slope = -factor * invstd * sum_dy_xhat / count
             offset = -factor * sum_dy / count - slope * mean
-            dx = dy * factor.view(shape)
-            dx.addcmul_(x, slope.view(shape)).add_(offset.view(shape))
+            dx = _affine(x, slope, offset).addcmul_(dy, factor.view(shape))
         return dx, sum_dy_xhat, sum_dy, None, None
 
 

@@ -32,6 +32,7 @@ from torch.nn.parameter import is_lazy
 from edgetrain.nn.coupling import CouplingStack, check_halves
 from edgetrain.nn.grid import grid_of, with_value
 from edgetrain.nn.invertible import Invertible, Rerun
+from edgetrain.nn.layouts import copied
 from edgetrain.nn.replay import Replay, as_recorded, is_recording, is_replaying, replaying
 from edgetrain.nn.selective import Products
 from edgetrain.nn.slices import batch_slices
@@ -68,6 +69,12 @@ class ReversibleBlock(Invertible):
     @property
     def noiseless(self) -> bool:
         return self.exact
+
+    @property
+    def keeps_layout(self) -> bool:
+        """Unless it is exact, where ordinary modules, or invertible ones that do, are inside."""
+        inside = [module for module in (self.f, self.g) if isinstance(module, Invertible)]
+        return not self.exact and all(module.keeps_layout for module in inside)
 
     @property
     def selective(self) -> bool:
@@ -163,7 +170,7 @@ class ReversibleBlock(Invertible):
         """The residual of a pass in place, not rounded; ``keeping`` the results of its products for the next."""
         module = self.get_submodule(name)
         if isinstance(module, Invertible):
-            return module.forward_(x.clone(memory_format=torch.contiguous_format), replay=replay)
+            return module.forward_(copied(x), replay=replay)
         records, x = self._records(), self._argument(x)
         products = Products() if keeping else None
 

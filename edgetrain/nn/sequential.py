@@ -25,6 +25,10 @@ class InvertibleSequential(Invertible):
     def noiseless(self) -> bool:
         return all(layer.noiseless for layer in self.layers())
 
+    @property
+    def keeps_layout(self) -> bool:
+        return all(layer.keeps_layout for layer in self.layers())
+
     def layers(self) -> list[Invertible]:
         """The layers, first to last."""
         return [cast(Invertible, layer) for layer in self.children()]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 
-from edgetrain.chain import Mode, chain_of
+from edgetrain.chain import Block, Mode, chain_of
 from edgetrain.chain.noise import BFLOAT16_NSR, Noise
 from edgetrain.errors import UsageError
 from edgetrain.memory import Costs, Guest, measure_costs
@@ -366,14 +366,9 @@ class Planner:
 
     @property
     def _takes_images(self) -> bool:
-        """Whether there are convolutions, all of which run with channels last.
-
-        Blocks that are inverted layer by layer work on planes.
-        """
+        """Whether there are convolutions, all of which run with channels last."""
         if len(self.input_shape) != 3 or self.input_shape[0] == 1:
             return False  # of a single channel it is both first and last
-        if any(isinstance(b.module, Invertible) and b.module.layerwise and _convolves(b.module) for b in self._blocks):
-            return False
         return _convolves(self.model) and corrupting_convolution(self.model) is None
 
     def costs(self, samples: int, channels_last: bool = False) -> Costs:
@@ -405,12 +400,10 @@ class Planner:
         key = samples, channels_last
         if key not in self._searches:
             times = self._times_of(samples, channels_last)
-            # what comes back from an output is laid out row by row, and so is all that follows it
             forbidden: Sequence[Collection[Mode]] | None = self._too_noisy
             if channels_last:
-                forbidden = [
-                    (*INVERSIONS, "selective") if isinstance(b.module, Invertible) else () for b in self._blocks
-                ]
+                noisy = forbidden or [()] * len(self._blocks)
+                forbidden = [(*modes, *_channels_first_only(b)) for b, modes in zip(self._blocks, noisy, strict=True)]
             search = Search(
                 self._blocks,
                 self.costs(samples, channels_last),
@@ -537,6 +530,13 @@ def _with_selective(too_noisy: Mapping[Inversion, float]) -> dict[Mode, float]:
     if "invert_layerwise" in too_noisy:
         found["selective"] = too_noisy["invert_layerwise"]
     return found
+
+
+def _channels_first_only(block: Block) -> tuple[Mode, ...]:
+    """Modes in which a block's passes, and all that follow, would leave channels last."""
+    if not isinstance(block.module, Invertible) or block.module.keeps_layout:
+        return ()
+    return *INVERSIONS, "selective"
 
 
 def _convolves(module: nn.Module) -> bool:

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from edgetrain.chain import Block
 from edgetrain.errors import ModelError
 from edgetrain.nn.invertible import Invertible, Rerun
-from edgetrain.nn.layouts import with_channels_last
+from edgetrain.nn.layouts import memory_format, with_channels_last
 from edgetrain.nn.max_pool import lean_pooling_in
 from edgetrain.nn.selective import Products
 from edgetrain.runtime.offload import Offloaded, offload
@@ -248,10 +248,10 @@ class Execution:
         module = self._blocks[i].module
         record = self._records[i] = Record(module)
         if isinstance(module, Invertible) and keep in DROPPING:
-            self._z[i + 1] = record.first_in_place(self._own(self._z, i), products=keep == "products_only")
+            self._z[i + 1] = record.first_in_place(self._own_input(i), products=keep == "products_only")
             return
         if isinstance(module, Invertible) and keep == "products":
-            self._keep_output(i, record.first_in_place(_copy(self._z[i]), products=False))
+            self._keep_output(i, record.first_in_place(_copy_for(module, self._z[i]), products=False))
             return
         x = self._z.pop(i) if keep == "nothing" else self._z[i]
         version = x._version
@@ -268,10 +268,10 @@ class Execution:
         with torch.no_grad(), self._records[i].again():
             if isinstance(module, Invertible) and keep in DROPPING:
                 run = module.forward_ if keep == "nothing" else module.forward_keeping_products_
-                self._z[i + 1] = run(self._own(self._z, i), replay=True)
+                self._z[i + 1] = run(self._own_input(i), replay=True)
                 return
             if isinstance(module, Invertible) and keep == "products":
-                self._keep_output(i, module.forward_(_copy(self._z[i]), replay=True))
+                self._keep_output(i, module.forward_(_copy_for(module, self._z[i]), replay=True))
                 return
             x = self._z.pop(i) if keep == "nothing" else self._z[i]
             with self._keeping(i, keep):
@@ -311,7 +311,7 @@ class Execution:
             self._backward_again(i, products.taking())
             return
         assert isinstance(module, Invertible)
-        dy = self._own(self._g, i + 1)
+        dy = self._own(self._g, i + 1, memory_format(products.y))
         with self._records[i].again():
             self._g[i] = module.backward_between(self._z[i], products.y, dy)
 
@@ -328,27 +328,38 @@ class Execution:
         module = self._blocks[i].module
         if not isinstance(module, Invertible):
             raise RuntimeError(f"block {self._blocks[i].name} has no inverse")
-        y, dy = self._own(self._z, i + 1), self._own(self._g, i + 1)
+        layout = _layout_for(module, self._z[i + 1])
+        y, dy = self._own(self._z, i + 1, layout), self._own(self._g, i + 1, layout)
         with self._records[i].again():
             if layerwise:
                 self._z[i], self._g[i] = module.backward_from_output(y, dy)
             else:
                 self._z[i], self._g[i] = module.backward_holding(y, dy)
 
-    def _own(self, tensors: dict[int, Tensor], i: int) -> Tensor:
-        """``tensors[i]``, taken out, contiguous and safe to overwrite: copied if anybody else can see it."""
+    def _own_input(self, i: int) -> Tensor:
+        """z[i], taken out for block i to run in its memory."""
+        return self._own(self._z, i, _layout_for(self._blocks[i].module, self._z[i]))
+
+    def _own(self, tensors: dict[int, Tensor], i: int, layout: torch.memory_format) -> Tensor:
+        """``tensors[i]``, taken out, in ``layout`` and safe to overwrite: copied if anybody else can see it."""
         tensor = tensors.pop(i)
         seen = _storage(tensor)
         others = {_storage(other) for other in (*self._z.values(), *self._g.values())}
         saved = any(seen in graph.storages for graph in self._graphs.values())
         kept = saved or any(seen in products.storages for products in self._products.values())
-        if kept or seen in self._foreign or seen in others or not tensor.is_contiguous():
-            return _copy(tensor)
+        if kept or seen in self._foreign or seen in others or not tensor.is_contiguous(memory_format=layout):
+            return tensor.clone(memory_format=layout)
         return tensor
 
 
-def _copy(x: Tensor) -> Tensor:
-    return x.clone(memory_format=torch.contiguous_format)
+def _layout_for(module: nn.Module, x: Tensor) -> torch.memory_format:
+    """How an invertible ``module`` takes x (n, ...)."""
+    keeps = isinstance(module, Invertible) and module.keeps_layout
+    return memory_format(x) if keeps else torch.contiguous_format
+
+
+def _copy_for(module: nn.Module, x: Tensor) -> Tensor:
+    return x.clone(memory_format=_layout_for(module, x))
 
 
 def _watching(storages: set[int]) -> saved_tensors_hooks:
