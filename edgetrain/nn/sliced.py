@@ -3,17 +3,21 @@
 The result is that of ``torch.nn.functional.conv2d``; what differs is the memory that oneDNN and cuDNN take for
 layout copies and scratch, which is bounded by a slice instead of the batch. On CPUs it is faster too: scratch that
 is reused stays in the cache and needs no fresh pages from the kernel.
+
+Where channels come last without holes, oneDNN works on the tensors as they are, and what a slice gives would be copied
+for nothing: there the batch is one slice.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgetrain.nn.layouts import new_like
+from edgetrain.nn.layouts import memory_format, new_like
 from edgetrain.nn.slices import batch_slices
 
 
@@ -23,7 +27,7 @@ class _SlicedConv(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.settings, ctx.bias_sizes = settings, None if bias is None else list(bias.shape)
         y: Tensor | None = None
-        for s in batch_slices(x):
+        for s in _slices(x):
             part = F.conv2d(x[s], weight, bias, *settings)
             if y is None:
                 y = new_like(part, (x.shape[0], *part.shape[1:]))
@@ -56,12 +60,12 @@ def convolution_gradients(
     dy: Tensor, x: Tensor, weight: Tensor, bias_sizes: list[int] | None, settings: ConvolutionSettings, mask: list[bool]
 ) -> tuple[Tensor | None, ...]:
     """Gradients with respect to x (n, c, ...), weight and bias, those that ``mask`` asks for, slice by slice."""
-    slices = list(batch_slices(x))
+    slices = list(_slices(x))
     if len(slices) <= 1:
         return tuple(torch.ops.aten.convolution_backward(dy, x, weight, bias_sizes, *settings, mask))
     dx: Tensor | None = None
     sums: list[Tensor | None] = [None, None]
-    for s in batch_slices(x):
+    for s in slices:
         parts = torch.ops.aten.convolution_backward(dy[s], x[s], weight, bias_sizes, *settings, mask)
         if parts[0] is not None:
             dx = new_like(parts[0], x.shape) if dx is None else dx
@@ -83,10 +87,16 @@ def conv2d(
     groups: int = 1,
 ) -> Tensor:
     """As ``torch.nn.functional.conv2d`` on x (n, c, h, w), which it calls where one slice holds the batch."""
-    if x.dim() != 4 or isinstance(padding, str) or len(list(batch_slices(x))) <= 1:
+    if x.dim() != 4 or isinstance(padding, str) or len(list(_slices(x))) <= 1:
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     settings = (*(_pair(value) for value in (stride, padding, dilation)), groups)
     return _SlicedConv.apply(x, weight, bias, settings)
+
+
+def _slices(x: Tensor) -> Iterator[slice]:
+    """Of the batch x (n, c, ...); all of it where nothing is copied inside."""
+    channels_last = memory_format(x) == torch.channels_last and x.is_contiguous(memory_format=torch.channels_last)
+    return iter((slice(0, x.shape[0]),)) if channels_last and not x.is_cuda else batch_slices(x)
 
 
 def _pair(value: int | tuple[int, ...]) -> list[int]:
