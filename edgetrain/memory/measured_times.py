@@ -205,7 +205,7 @@ class _Course:
         for sequence in kind.todo:
             stopwatch = Stopwatch(self._chain.blocks, kind.i, update=kind.update, clock=self._clock)
             taken, y = stopwatch.time(sequence, kind.x)
-            if sequence is kind.todo[0]:  # what is computed in place is laid out row by row, whatever it came from
+            if sequence is kind.todo[0]:  # what an exact block computes in place is laid out row by row
                 kind.y = y
             for step, seconds in zip(sequence, taken, strict=True):
                 name = _name(step)

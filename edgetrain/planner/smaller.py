@@ -65,7 +65,7 @@ def planner_like(
         micro_batches=None if exact_parts else plan.micro_batches,
         allow_ghost_batchnorm=not exact_parts and plan.micro_batches > 1,
         stored_precision="bf16" if any(step.to == "bfloat16" for step in offloads) else None,
-        channels_last="either" if plan.program.channels_last else False,  # planes can be inverted
+        channels_last="either" if plan.program.channels_last else False,  # some blocks invert planes alone
         times=_NOMINAL,
         loss=loss,
         group=group,

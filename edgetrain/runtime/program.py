@@ -134,7 +134,7 @@ class Program:
         shapes: of z[0] ... z[L], batch first.
         instructions: in order.
         channels_last: whether z[0] is the batch with channels last (:mod:`edgetrain.nn.layouts`); what ordinary blocks
-            give follows it.
+            give follows it, and what comes back from an inverse.
     """
 
     names: tuple[str, ...]

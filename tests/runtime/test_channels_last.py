@@ -64,7 +64,9 @@ NETWORKS = {
     "ordinary": ordinary,
     "resnet20": lambda: edgetrain.create_model("resnet20", num_classes=5),
     "revnet18": lambda: edgetrain.create_model("revnet18", num_classes=5),
+    "revnet18-exact": lambda: edgetrain.create_model("revnet18-exact", num_classes=5),
     "hybrid18": lambda: edgetrain.create_model("hybrid18", num_classes=5),
+    "layerwise18": lambda: edgetrain.create_model("layerwise18", num_classes=5),
 }
 MODES = ("keep_all", "selective", "recompute", "invert", "invert_selective", "invert_layerwise")
 
@@ -79,8 +81,11 @@ def step_of(net: nn.Module, x: Tensor) -> None:
     F.cross_entropy(net(x), torch.arange(len(x)) % 5).backward()
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", NETWORKS)
+# round-off of layerwise18's inversions, one after the other, grows beyond the bound in any layout
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [(n, m) for n in NETWORKS for m in MODES if n != "layerwise18" or not m.startswith("invert")],
+)
 def test_a_step_is_that_of_plain_autograd(name: str, mode: str):
     plain = build(name).double()
     model, x = copy.deepcopy(plain), torch.randn(BATCH, 3, SIZE, SIZE, dtype=torch.float64)
@@ -126,6 +131,30 @@ def test_blocks_see_channels_last(mode: str):
     seen.clear()
     step_of(net, torch.randn(BATCH, 3, SIZE, SIZE))
     assert set(seen) == {torch.channels_last}
+
+
+@pytest.mark.parametrize("mode", ["invert", "invert_selective", "recompute"])
+def test_what_is_inverted_keeps_channels_last(mode: str):
+    model = build("revnet18")
+    seen = []
+    for _, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_pre_hook(lambda _, inputs: seen.append(memory_format(inputs[0])))
+    net = edgetrain.wrap(model, edgetrain.uniform_plan(model, mode, **SHAPE, channels_last=True))
+    seen.clear()
+    step_of(net, torch.randn(BATCH, 3, SIZE, SIZE))
+    assert set(seen) == {torch.channels_last}
+
+
+def test_a_plan_inverts_with_channels_last(pace: dict[bool, float]):
+    pace[True] = 0.5
+    model = build("revnet18")
+    planner = Planner(model, **SHAPE)
+    plan = planner.plan(Planner(model, **SHAPE, channels_last=True).needed()[0])
+    assert plan.program.channels_last
+    assert {"invert", "invert_selective"} & set(plan.modes)
+    plan = Planner(build("revnet18-exact"), **SHAPE, channels_last=True).plan()
+    assert "works on channels first" in plan.explain()
 
 
 NARROW = nn.Sequential(nn.Conv2d(3, 8, 1, stride=2), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(288, 5))
@@ -261,7 +290,6 @@ def test_channels_stay_first_where_the_clock_cannot_tell():
         ("resnet20", {"snr_limit": float("inf")}),
         ("resnet20", {"channels_last": False}),
         ("resnet20", {"device": "rpi5-4gb"}),
-        ("hybrid18", {}),
         ("dropout", {}),
         ("viewed", {}),
         ("narrow", {}),
@@ -271,7 +299,6 @@ def test_channels_stay_first_where_the_clock_cannot_tell():
         "every bit",
         "not wanted",
         "a profile",
-        "inverted layer by layer",
         "dropout",
         "a view",
         "corrupts",
@@ -292,7 +319,7 @@ def test_where_there_is_no_choice(name: str, others: dict[str, Any], pace: dict[
 
 def test_where_only_one_layout_fits_it_is_taken(pace: dict[bool, float]):
     pace[True] = 0.8
-    model = build("revnet18")
+    model = build("revnet18-exact")
     inverting = Planner(model, **SHAPE, channels_last=False).needed()[0]
     assert inverting < Planner(model, **SHAPE, channels_last=True).needed()[0]
     planner = Planner(model, **SHAPE)
@@ -319,7 +346,7 @@ def test_a_model_that_does_not_run_with_channels_last(caplog: pytest.LogCaptureF
 
 def test_plans_to_fall_back_on_are_of_both_layouts(pace: dict[bool, float]):
     pace[True] = 0.8
-    model = build("revnet18")
+    model = build("revnet18-exact")
     plan = planned(model)
     assert plan.program.channels_last
     smaller = planner_like(model, plan, optimizer="sgd")

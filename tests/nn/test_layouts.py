@@ -1,0 +1,140 @@
+"""Invertible layers with channels last: what they give is as it is with channels first, and laid out as it came."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edgetrain.nn.activation import InvertibleLeakyReLU
+from edgetrain.nn.batchnorm import InvertibleBatchNorm
+from edgetrain.nn.coupling import CouplingConv, CouplingLayer, CouplingStack
+from edgetrain.nn.invertible import Invertible
+from edgetrain.nn.layouts import memory_format
+from edgetrain.nn.normalisation import Statistics, batch_moments, channel_sums, normalise
+from edgetrain.nn.pooling import BatchPool, ChannelPool
+from edgetrain.nn.replay import recording
+from edgetrain.nn.reversible import HybridBlock, ReversibleBlock
+
+BOUND = 1e-10  # the project's, in float64
+FIRST, LAST = torch.contiguous_format, torch.channels_last
+
+
+def branch() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU())
+
+
+LAYERS = {
+    "activation": lambda: InvertibleLeakyReLU(0.2),
+    "batch norm": lambda: InvertibleBatchNorm(12),
+    "coupling": lambda: CouplingConv(12),
+    "coupling layer": lambda: CouplingLayer(12),
+    "stack of three": lambda: CouplingStack(12, depth=3),
+    "reversible": lambda: ReversibleBlock(branch(), branch()),
+    "hybrid": lambda: HybridBlock(12),
+    "hybrid of three": lambda: HybridBlock(12, depth=3),
+}
+
+
+def build(name: str) -> Invertible:
+    torch.manual_seed(0)
+    layer = LAYERS[name]()
+    for p in layer.parameters():
+        if p.dim() == 1:
+            nn.init.uniform_(p, 0.5, 1.5)
+    return layer.double()
+
+
+def tensors(count: int, layout: torch.memory_format, *, half: bool) -> list[Tensor]:
+    """Of one seed; ``half``: every other channel of memory belongs to somebody else, as in a reversible block."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for _ in range(count):
+        x = torch.randn(5, 24, 6, 6, dtype=torch.float64, generator=generator).contiguous(memory_format=layout)
+        found.append(x.chunk(2, 1)[1] if half else x.chunk(2, 1)[1].contiguous(memory_format=layout))
+    return found
+
+
+def passes(name: str, layout: torch.memory_format, *, half: bool) -> list[Tensor]:
+    """Everything that the layer gives, in every way."""
+    layer = build(name)
+    x, dy = tensors(2, layout, half=half)
+    y = layer.forward_(x.clone(memory_format=torch.preserve_format))
+    results = [y.clone(), layer.inverse(y)]
+    results += copy.deepcopy(layer).backward_from_output(y.clone(), dy.clone())
+    results += layer.backward_holding(y.clone(), dy.clone())
+    if layer.between:
+        results.append(layer.backward_between(x, y, dy.clone()))
+    with recording():
+        results.append(layer(x))
+    results.append(layer(x))
+    assert {memory_format(t) for t in results} == {layout}
+    assert all(t.is_contiguous(memory_format=layout) for t in results)
+    return [t.detach() for t in results] + [p.grad for p in layer.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["whole", "half"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_channels_last_as_first(name: str, half: bool):
+    assert build(name).keeps_layout
+    for got, expected in zip(passes(name, LAST, half=half), passes(name, FIRST, half=half), strict=True):
+        assert float((got - expected).norm() / expected.norm()) < BOUND
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_residual_with_channels_last(depth: int):
+    found = []
+    for layout in (FIRST, LAST):
+        torch.manual_seed(0)
+        stack = CouplingStack(12, depth=depth).double()
+        x, dy, minuend, dx = tensors(4, layout, half=True)
+        stack.forward_(x.clone())
+        stack.backward_as_residual(x, dy, minuend, dx)
+        found.append([minuend, dx, *(p.grad for p in stack.parameters())])
+    for got, expected in zip(*found, strict=True):
+        assert float((got - expected).norm() / expected.norm()) < BOUND
+
+
+def test_who_works_on_planes_alone():
+    layers = [ChannelPool(), BatchPool(), HybridBlock(12, exact=True), ReversibleBlock(ChannelPool(), BatchPool())]
+    assert not any(layer.keeps_layout for layer in layers)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5, 8, 16, 20, 40, 64, 100])
+@pytest.mark.parametrize("size", [1, 3, 4, 8])
+@pytest.mark.parametrize("half", [False, True], ids=["whole", "half"])
+def test_sums_with_channels_last(channels: int, size: int, half: bool):
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(6, 2 * channels, size, size, dtype=torch.float64, generator=generator) for _ in range(2))
+    mean, invstd = (torch.rand(channels, dtype=torch.float64, generator=generator) for _ in range(2))
+    last = [t.contiguous(memory_format=LAST).chunk(2, 1)[0] for t in (x, dy)]
+    if not half:
+        last = [t.contiguous(memory_format=LAST) for t in last]
+    x, dy = (t.chunk(2, 1)[0] for t in (x, dy))
+    sums = channel_sums(*last, mean, invstd)
+    dims = (0, 2, 3)
+    torch.testing.assert_close(sums[0], dy.sum(dims), rtol=BOUND, atol=BOUND)
+    xhat = (x - mean.view(1, -1, 1, 1)) * invstd.view(1, -1, 1, 1)
+    torch.testing.assert_close(sums[1], (dy * xhat).sum(dims), rtol=BOUND, atol=BOUND)
+    found = batch_moments(last[0])
+    torch.testing.assert_close(found[0], x.mean(dims), rtol=BOUND, atol=BOUND)
+    torch.testing.assert_close(found[1], x.var(dims, correction=0), rtol=BOUND, atol=BOUND)
+
+
+@pytest.mark.parametrize("layout", [FIRST, LAST], ids=["first", "last"])
+def test_gradient_of_a_normalisation(layout: torch.memory_format):
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (
+        torch.randn(6, 20, 5, 4, dtype=torch.float64, generator=generator).contiguous(memory_format=layout)
+        for _ in range(2)
+    )
+    scale, bias = (torch.rand(20, dtype=torch.float64, generator=generator) for _ in range(2))
+    mean, var = batch_moments(x)
+    ours, theirs = ([t.clone().requires_grad_() for t in (x, scale, bias)] for _ in range(2))
+    normalise(*ours, Statistics(mean, (var + 1e-5).rsqrt())).backward(dy)
+    nn.functional.batch_norm(theirs[0], None, None, theirs[1], theirs[2], training=True).backward(dy)
+    for got, expected in zip(ours, theirs, strict=True):
+        assert float((got.grad - expected.grad).norm() / expected.grad.norm()) < BOUND
+    assert memory_format(ours[0].grad) == layout
