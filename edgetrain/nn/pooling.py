@@ -5,11 +5,13 @@
 
 Both are permutations of the elements of one sample, so forward and inverse are exact, gradients take the same
 way as activations, and a batch can be permuted in its own memory a slice at a time. Keeping the four parts of a
-sample next to each other (instead of stacking four whole batches) is what allows the latter.
+sample next to each other (instead of stacking four whole batches) is what allows the latter. What comes with channels
+last is given so.
 """
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from edgetrain.errors import ModelError
 from edgetrain.nn.invertible import Invertible
+from edgetrain.nn.layouts import memory_format
 from edgetrain.nn.slices import batch_slices
 
 
@@ -27,16 +30,20 @@ class InvertiblePool(Invertible):
     def noiseless(self) -> bool:
         return True
 
+    @property
+    def keeps_layout(self) -> bool:
+        return True
+
     def forward_(self, x: Tensor, *, replay: bool = False) -> Tensor:
         """``y`` of :meth:`forward` in the memory of ``x`` (n, c, h, w)."""
-        y = x.view(self.output_shape(x.shape))
+        y = _in_shape(x, self.output_shape(x.shape))
         parts = y.shape[0] // x.shape[0]
         for s in batch_slices(x):
             y[s.start * parts : s.stop * parts] = _apart(self.forward(x[s]), x)
         return y
 
     def inverse_(self, y: Tensor) -> Tensor:
-        x = y.view(self.input_shape(y.shape))
+        x = _in_shape(y, self.input_shape(y.shape))
         parts = y.shape[0] // x.shape[0]
         for s in batch_slices(x):
             x[s] = _apart(self.permute_back(y[s.start * parts : s.stop * parts]), y)
@@ -71,14 +78,14 @@ class ChannelPool(InvertiblePool):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        shape = self.output_shape(x.shape)
+        self.output_shape(x.shape)
         y = x.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4)  # (n, c, 2, 2, h/2, w/2)
-        return y.reshape(shape)
+        return _joined(y, (1, 3, 1, 1), x)
 
     def permute_back(self, y: Tensor) -> Tensor:
         n, c, h, w = y.shape
         x = y.reshape(n, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3)  # (n, c/4, h, 2, w, 2)
-        return x.reshape(self.input_shape(y.shape))
+        return _joined(x, (1, 1, 2, 2), y)
 
     def output_shape(self, shape: torch.Size) -> tuple[int, int, int, int]:
         n, c, h, w = shape
@@ -95,14 +102,14 @@ class BatchPool(InvertiblePool):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        shape = self.output_shape(x.shape)
+        self.output_shape(x.shape)
         y = x.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 3, 5, 1, 2, 4)  # (n, 2, 2, c, h/2, w/2)
-        return y.reshape(shape)
+        return _joined(y, (3, 1, 1, 1), x)
 
     def permute_back(self, y: Tensor) -> Tensor:
         n, c, h, w = y.shape
         x = y.reshape(n // 4, 2, 2, c, h, w).permute(0, 3, 4, 1, 5, 2)  # (n/4, c, h, 2, w, 2)
-        return x.reshape(self.input_shape(y.shape))
+        return _joined(x, (1, 1, 2, 2), y)
 
     def output_shape(self, shape: torch.Size) -> tuple[int, int, int, int]:
         n, c, h, w = shape
@@ -112,6 +119,27 @@ class BatchPool(InvertiblePool):
     def input_shape(self, shape: torch.Size) -> tuple[int, int, int, int]:
         n, c, h, w = shape
         return n // 4, c, 2 * h, 2 * w
+
+
+def _joined(parts: Tensor, counts: tuple[int, int, int, int], like: Tensor) -> Tensor:
+    """(n, c, h, w), each made of so many of the dimensions of ``parts``; laid out as ``like``."""
+    dims, shape, first = [], [], 0
+    for count in counts:
+        dims.append(range(first, first + count))
+        shape.append(math.prod(parts.shape[first : first + count]))
+        first += count
+    if memory_format(like) == torch.contiguous_format:
+        return parts.reshape(shape)
+    (n, c, h, w), (of_n, of_c, of_h, of_w) = shape, dims
+    return parts.permute(*of_n, *of_h, *of_w, *of_c).reshape(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def _in_shape(x: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """The memory of ``x`` (n, c, h, w) as another batch of images, in the same layout."""
+    if memory_format(x) == torch.contiguous_format:
+        return x.view(shape)
+    n, c, h, w = shape
+    return x.permute(0, 2, 3, 1).view(n, h, w, c).permute(0, 3, 1, 2)
 
 
 def _apart(part: Tensor, whole: Tensor) -> Tensor:
