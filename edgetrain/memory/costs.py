@@ -33,7 +33,7 @@ from edgetrain.memory.step import (
 from edgetrain.memory.survey import Survey, observe_update
 from edgetrain.memory.timeline import numbered_events
 from edgetrain.memory.trace import Kind, Recorder
-from edgetrain.nn.invertible import Invertible
+from edgetrain.nn.invertible import Invertible, keeps_layout
 from edgetrain.nn.layouts import with_channels_last
 from edgetrain.nn.slices import abridged_slices
 
@@ -56,6 +56,14 @@ class BlockCosts:
     effects: Mapping[Key, Effect]
     channels_last: bool = False
     keeps_layout: bool = False
+
+    @property
+    def inverts_in_layout(self) -> bool:
+        """Whether what follows comes laid out as it would if the block were stored, however it is inverted."""
+        if not self.invertible or not self.channels_last or self.keeps_layout:
+            return True
+        stored = self.usual("forward all")
+        return stored is not None and all(o.layout is None for o in stored.outputs if o.name == "y")
 
     @property
     def saved_bytes(self) -> int:
@@ -193,7 +201,7 @@ def measure_costs(
     mode = fake_mode()
     recorder = Recorder()
     fake = fake_model(model, mode, dtype)
-    with torch.random.fork_rng(devices=[]), mode, abridged_slices(), recorder.naming(fake):
+    with torch.random.fork_rng(devices=[]), mode, abridged_slices(device), recorder.naming(fake):
         try:
             stepper = None if factory is None else factory([p for p in fake.parameters() if p.requires_grad])
             if stepper is not None:
@@ -230,7 +238,7 @@ def measure_costs(
                 gradient_bytes,
                 effects,
                 channels_last,
-                isinstance(block.module, Invertible) and block.module.keeps_layout,
+                keeps_layout(block.module),
             )
             for block, gradient_bytes, effects in per_block
         ),

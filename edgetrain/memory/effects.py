@@ -7,14 +7,11 @@ lets go of them depends on the plan; everything else it allocates and frees is i
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from edgetrain.memory.work import Work
-from edgetrain.nn.layouts import channels_last_strides, memory_format
+from edgetrain.nn.layouts import are_channels_last, channels_last_strides
 from edgetrain.runtime.program import Keep
 
 Operand = Literal["x", "y", "dy", "dx"]
@@ -37,7 +34,6 @@ Key = tuple[str, Layout, Layout]
 """
 
 
-@functools.lru_cache(maxsize=1024)
 def owned_layout(shape: tuple[int, ...], layout: Layout, *, keeps: bool) -> Layout:
     """In which layout an invertible block takes a tensor of ``shape``.
 
@@ -46,8 +42,7 @@ def owned_layout(shape: tuple[int, ...], layout: Layout, *, keeps: bool) -> Layo
     """
     if layout is None or not keeps:
         return None
-    tensor = torch.empty_strided(shape, layout, device="meta")
-    return channels_last_strides(shape) if memory_format(tensor) == torch.channels_last else None
+    return channels_last_strides(shape) if len(shape) == 4 and are_channels_last(shape, layout) else None
 
 
 def key_of(name: str, *, after: str = "", x: Layout = None, dy: Layout = None) -> Key:

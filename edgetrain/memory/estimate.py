@@ -171,6 +171,7 @@ def estimate(
         optimizer=optimizer,
         loss=loss,
         dtype=_dtype(precision),
+        device=profile.kind,
     )
     return from_trace(trace, profile, batch_size=batch_size, precision=precision, measured=measured)
 

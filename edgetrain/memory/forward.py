@@ -69,7 +69,7 @@ def forward_memory(
     mode, recorder = fake_mode(), Recorder()
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     fake = fake_model(model, mode, dtype).eval()
-    with torch.random.fork_rng(devices=[]), mode, abridged_slices(), recorder.naming(fake):
+    with torch.random.fork_rng(devices=[]), mode, abridged_slices(device), recorder.naming(fake):
         try:
             batch = torch.empty(batch_size, *input_shape, dtype=dtype)
             classify_resident(recorder, fake, None, batch)

@@ -5,6 +5,10 @@ Every kind of block runs every instruction that it allows, on random data, throu
 of each instruction's times counts: whatever else runs on the machine only ever adds to them. Where it took a tenth of
 the processors' time or more, the result says so.
 
+A block that is timed alone finds other pages and caches than one in a step: sixty convolutions of 16 channels took 1.5
+times as long alone. So where a step that keeps everything surely fits, it is timed too, and all seconds but the
+optimiser's are multiplied by what makes the sum of its instructions come out right.
+
 The batch is that of the step unless it does not fit, or would not leave time for the warm-up and a round. Then it is
 the largest that does, 16 at least where they fit, and the seconds of all instructions but the optimiser's are continued
 in proportion to it. That counts what an operator takes whatever its size once per small batch: the sum comes out high.
@@ -29,7 +33,16 @@ from edgetrain.errors import UsageError
 from edgetrain.memory.fingerprint import fingerprint
 from edgetrain.memory.measure import measure_peak, muted
 from edgetrain.memory.step import Loss, OptimizerFactory, classification_loss, optimizer_factory
-from edgetrain.memory.stopwatch import Clock, Sample, Step, Stopwatch, copy_rate, head_seconds, sequences
+from edgetrain.memory.stopwatch import (
+    Clock,
+    Sample,
+    Step,
+    Stopwatch,
+    copy_rate,
+    head_seconds,
+    keep_all_seconds,
+    sequences,
+)
 from edgetrain.memory.times import BlockTimes, Times
 from edgetrain.nn.invertible import Invertible
 from edgetrain.nn.layouts import with_channels_last
@@ -42,6 +55,8 @@ _QUIET = 0.1  # part of the processors' time, above which what is measured depen
 _FEW = 4  # samples of the first pass, which finds how large a batch can be
 _LEAST = 16  # samples that are worth the time: with fewer, torch takes other algorithms for convolutions on a CPU
 _ROUNDS = 1, 12  # at least and at most, after the warm-up
+_STEPS = 2, 8  # whole ones, the first of which does not count
+_STEPS_SHARE = 0.2  # of the time
 _MEMORY_SHARE = 0.5  # of what is available
 
 
@@ -85,7 +100,7 @@ def measured_times(
         optimizer: a name of :data:`edgetrain.memory.OPTIMIZERS`, a function of the parameters, or None.
         dtype: of weights and batch.
         loss: from the model's output.
-        budget_s: seconds to spend, about. Exceeded where two runs of 16 samples take longer.
+        budget_s: seconds to spend, about. Exceeded by a few whole steps, and where two runs of 16 samples take longer.
         memory_bytes: to spend; None: half of what the device has available.
         clock: what is read around an instruction. ``time.process_time`` where the machine is busy with other work:
             processor seconds, which are seconds of a step on a CPU with one thread.
@@ -117,6 +132,7 @@ def measured_times(
         course.begin(batch_of(min(_FEW, batch_size)))
         course.begin(batch_of(course.largest_batch(batch_size, memory_bytes, budget_s)))
         course.measure(until=began + budget_s)
+        course.measure_whole(memory_bytes, budget_s)
         times = course.times(batch_size, source=_source(others_share(ticks, processor_ticks())))
         return replace(times, channels_last=channels_last)
 
@@ -137,6 +153,8 @@ class _Course:
         self._kinds: list[_Kind] = []
         self._of_block: list[_Kind] = []
         self._head = 0.0
+        self._whole: float | None = None
+        self._bytes_per_sample = 0
 
     def begin(self, batch: Sample) -> None:
         """Runs everything once from ``batch``, block after block, and forgets what was measured before."""
@@ -159,9 +177,8 @@ class _Course:
     def largest_batch(self, batch_size: int, memory_bytes: int, seconds: float) -> int:
         """Samples of which every block fits into ``memory_bytes`` and all can be run twice in ``seconds``."""
         few = self._kinds[0].x.shape[0]
-        if few == batch_size:
-            return few
         fitting, spent = batch_size, 0.0
+        per_kind: dict[int, int] = {}
         for kind in self._kinds:
             began = time.perf_counter()
             self._run(kind)  # the second time: without the loading of code
@@ -170,8 +187,9 @@ class _Course:
             run = functools.partial(self._run, kind)  # first as the setup: what a module holds is replaced
             with muted():  # the profiler warns of blocks that were there before
                 need = measure_peak(run, setup=run, device=kind.x.device).allocator_peak_bytes
-            per_sample = max(1, need - weights) // few  # a gradient is as large as its weight
-            fitting = min(fitting, (memory_bytes - 2 * weights) // max(1, per_sample))
+            per_kind[id(kind)] = max(1, need - weights) // few  # a gradient is as large as its weight
+            fitting = min(fitting, (memory_bytes - 2 * weights) // max(1, per_kind[id(kind)]))
+        self._bytes_per_sample = sum(per_kind[id(kind)] for kind in self._of_block)
         quick = int(few * seconds / ((1 + _ROUNDS[0]) * spent)) if spent else batch_size
         return max(few, min(batch_size, fitting, max(quick, _LEAST)))
 
@@ -184,10 +202,29 @@ class _Course:
                 self._run(kind)
             self._head = min(self._head, head_seconds(self._of_block[-1].y, self._loss, self._clock))
 
+    def measure_whole(self, memory_bytes: int, seconds: float) -> None:
+        """Steps that keep everything, if all that the blocks need one by one fits at once; more than two in a fifth of
+        ``seconds``.
+        """
+        x, blocks = self._of_block[0].x, self._chain.blocks
+        parameters = {p for block in blocks for p in block.module.parameters()}
+        if x.shape[0] * self._bytes_per_sample + 2 * sum(p.nbytes for p in parameters) > memory_bytes:
+            return
+        if not any(p.requires_grad for p in parameters):
+            return
+        until = time.perf_counter() + _STEPS_SHARE * seconds
+        taken: list[float] = []
+        while len(taken) < _STEPS[0] or (len(taken) < _STEPS[1] and time.perf_counter() < until):
+            taken.append(keep_all_seconds(blocks, x, self._loss, self._clock))
+        self._whole = min(taken[1:])
+
     def times(self, batch_size: int, *, source: str) -> Times:
         """What was found, continued to ``batch_size``."""
         samples = [self._of_block[0].x, *(kind.y for kind in self._of_block)]
         scale = batch_size / samples[0].shape[0]
+        alone = sum(kind.seconds["forward_all"] + kind.seconds["backward_saved"] for kind in self._of_block)
+        if self._whole is not None and alone + self._head > 0:
+            scale *= self._whole / (alone + self._head)
         largest = max(samples, key=lambda sample: sample.nbytes)
         roundable = [sample for sample in samples if can_be_rounded(sample.dtype)]
         rounded = max(roundable, key=lambda sample: sample.nbytes, default=None)

@@ -144,10 +144,15 @@ Operands = dict[Operand, Storage]
 
 @dataclass(slots=True)
 class _Held:
-    """What a block keeps: by which instruction, from an input of which layout, and the shared memory that it holds."""
+    """What a block keeps: by which instruction, and the shared memory that it holds.
+
+    Attributes:
+        layout: of its input; ``out_layout`` of its output.
+    """
 
     stored_by: str
     layout: Layout
+    out_layout: Layout
     held: Operands
     noted: list[Storage]
 
@@ -232,7 +237,8 @@ class Simulator:
         self._apply(effect, operands)
         if keep in ("all", "products", "products_only"):
             held = {operand: operands[operand] for operand in effect.kept}
-            found = _Held(key[0], layout, held, [operands[operand] for operand in effect.noted])
+            out_layout = next(output.layout for output in effect.outputs if output.name == "y")
+            found = _Held(key[0], layout, out_layout, held, [operands[operand] for operand in effect.noted])
             (self._graphs if keep == "all" else self._products)[i] = found
             for storage in found.noted:
                 storage.noted += 1
@@ -266,7 +272,7 @@ class Simulator:
             if how == "selective":  # z[i] stays, and may have come back in another layout
                 found.held["x"], x_layout = self._z[i]
             if how == "selective" and block.invertible:
-                layout = self._owned_layout(i, found.layout, of=i + 1)
+                layout = self._owned_layout(i, found.out_layout, of=i + 1)
                 dy = self._own(self._g, i + 1, layout)
             else:
                 dy, layout = self._pop(self._g, i + 1)

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from edgetrain.chain.fakes import NeedsDataError, fake_like, fake_mode, spare_the_compiler
 from edgetrain.errors import EdgetrainError, ModelError, UsageError, near_matches
 from edgetrain.memory.eight_bit import EIGHT_BIT
+from edgetrain.memory.operators import DeviceKind
 from edgetrain.memory.trace import Recorder, StepTrace
 from edgetrain.nn.slices import abridged_slices
 
@@ -80,6 +81,7 @@ def trace_step(
     optimizer: str | OptimizerFactory | None = "sgd",
     loss: Loss = classification_loss,
     dtype: torch.dtype = torch.float32,
+    device: DeviceKind = "cpu",
 ) -> StepTrace:
     """The operators and storages of one training step.
 
@@ -91,6 +93,7 @@ def trace_step(
         optimizer: a name of :data:`OPTIMIZERS`, a function of the parameters, or None for none.
         loss: from the model's output; called under fake tensors.
         dtype: of weights and batch.
+        device: where the step is to run; it decides on the size of slices, and on how pooling works.
 
     Raises:
         ModelError: the step cannot run without data; names the module.
@@ -102,7 +105,7 @@ def trace_step(
     recorder = Recorder()
     fake = fake_model(model, mode, dtype)
     net = fake if wrap is None else wrap(fake)
-    with torch.random.fork_rng(devices=[]), mode, abridged_slices():
+    with torch.random.fork_rng(devices=[]), mode, abridged_slices(device):
         x = torch.empty(batch_size, *input_shape, dtype=dtype)
         owned = list(fake.parameters())
         stepper = None if make_optimizer is None else make_optimizer([p for p in owned if p.requires_grad])

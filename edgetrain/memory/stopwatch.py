@@ -18,6 +18,7 @@ from edgetrain.chain import Block
 from edgetrain.memory.step import Loss
 from edgetrain.nn.invertible import Invertible
 from edgetrain.nn.layouts import channels_last_strides
+from edgetrain.nn.max_pool import lean_pooling_in
 from edgetrain.runtime.executor import Execution, Updater
 from edgetrain.runtime.offload import offload
 from edgetrain.runtime.program import INVERSIONS, Backward, Forward, Head, Place, Program, Update, kept_by
@@ -138,6 +139,25 @@ def head_seconds(y: Sample, loss: Loss, clock: Clock) -> float:
         loss(logits).backward()
     _wait_for(y.device)
     return clock() - began
+
+
+def keep_all_seconds(blocks: Sequence[Block], x: Sample, loss: Loss, clock: Clock) -> float:
+    """Seconds of a step from ``x`` that stores every block, the loss included, the optimiser left out."""
+    batch = x.make()
+    _wait_for(x.device)
+    began = clock()
+    with torch.enable_grad():
+        y = batch
+        for block in blocks:
+            with lean_pooling_in(block.module):
+                y = block.module(y)
+        loss(y).backward()
+    _wait_for(x.device)
+    seconds = clock() - began
+    for block in blocks:
+        for parameter in block.module.parameters():
+            parameter.grad = None
+    return seconds
 
 
 def copy_rate(z: Sample, place: Place, clock: Clock) -> float:

@@ -20,7 +20,7 @@ from edgetrain.memory.effects import Effect, Key, Layout, Operand, first_pass, k
 from edgetrain.memory.fingerprint import fingerprint
 from edgetrain.memory.step import Loss, OptimizerFactory, create_state, update_parameters
 from edgetrain.memory.trace import Recorder
-from edgetrain.nn.invertible import Invertible
+from edgetrain.nn.invertible import Invertible, keeps_layout
 from edgetrain.runtime.program import DROPPING, Backward, Forward, Recompute, Update
 
 
@@ -60,15 +60,17 @@ class Survey:
     def run(self, loss: Loss) -> None:
         """Forward through the chain, the head, and back for gradients that are not contiguous."""
         count = len(self.blocks)
-        inputs: list[set[Layout]] = [{self.forms[0].layout}]
+        first = {None} if count and keeps_layout(self.blocks[0].module) else set()
+        inputs: list[set[Layout]] = [{self.forms[0].layout, *first}]
         for i in range(count):
             self._of_block.append(self._kind(i))
             for layout in inputs[i]:
                 self._observe(i, layout, None)
             form, layouts = _outputs(self._of_block[i], "y")
             self.forms.append(form)
-            # one that comes back from an inverse may be contiguous
-            inverted = isinstance(self.blocks[i].module, Invertible) or (i + 1 < count and self._keeps_layout(i + 1))
+            # what comes back from an inverse may be contiguous, and then what comes back from that of the block before
+            inverted = isinstance(self.blocks[i].module, Invertible)
+            inverted |= i + 1 < count and keeps_layout(self.blocks[i + 1].module)
             inputs.append(layouts if self.forms[0].layout is not None and not inverted else {None, *layouts})
         gradients: set[Layout] = set()
         for layout in inputs[count]:
@@ -113,7 +115,7 @@ class Survey:
     def _observe_sequence(self, i: int, sequence: list[_Step], x_layout: Layout, dy_layout: Layout) -> None:
         """Runs ``sequence``, from a forward pass on, as if it were all of the step."""
         block, kind, x = self.blocks[i], self._of_block[i], replace(self.forms[i], layout=x_layout)
-        keeps = self._keeps_layout(i)
+        keeps = keeps_layout(block.module)
         restore_state(self._initial[i])
         stepper = self._stepper(i)
         bench = Bench(self.blocks, self._recorder, update=functools.partial(self._update, stepper))
@@ -155,10 +157,6 @@ class Survey:
             kind.observations.setdefault(seen.key, seen)
         for parameter in block.module.parameters():
             parameter.grad = None
-
-    def _keeps_layout(self, i: int) -> bool:
-        module = self.blocks[i].module
-        return isinstance(module, Invertible) and module.keeps_layout
 
     def _clear_gradients(self, i: int) -> None:
         """As they are before the backward pass of block i: only those of later blocks are there."""

@@ -8,8 +8,8 @@
 
 These are the figures of ``torch.utils.flop_counter``, except for weight gradients of grouped convolutions, which that
 counts once per group too often. Bytes are those of the tensors that an operator reads and writes, each once, except
-that a normalisation walks through its operands twice: for the sums, and for the result. A view does nothing, and
-neither does an allocation: the kernel's clearing of fresh pages is left out.
+that a normalisation walks through its operands twice where it takes sums first. A view does nothing, and neither does
+an allocation: the kernel's clearing of fresh pages is left out.
 """
 
 from __future__ import annotations
@@ -77,10 +77,19 @@ def _measure_of(call: Call) -> tuple[int, int, int]:
     if name in _ALLOCATING:
         return 0, 0, 0
     read = call.arguments[1:] if name in _OVERWRITING else call.arguments
-    again = call.arguments[: _WALKED_TWICE.get(name, 0)]
+    again = call.arguments[: _WALKED_TWICE.get(name, 0)] if _sums_first(name, call.arguments) else ()
     moved = sum(_touched_bytes(tensor) for tensor in (*_tensors(read), *_tensors(again), *call.written))
     flops, channels = _flops_of(name, call)
     return flops, moved, channels
+
+
+def _sums_first(name: str, arguments: Sequence[Any]) -> bool:
+    """False for a normalisation with given statistics, and where of its gradients the sums alone are asked for."""
+    if name == "native_batch_norm":
+        return bool(arguments[5])
+    if name == "native_batch_norm_backward":
+        return bool(arguments[7]) and bool(arguments[9][0])
+    return True
 
 
 def _flops_of(name: str, call: Call) -> tuple[int, int]:

@@ -79,6 +79,10 @@ class AttentionTap(Invertible):
     def noiseless(self) -> bool:
         return True
 
+    @property
+    def keeps_layout(self) -> bool:
+        return True
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x.view_as(x)

@@ -144,11 +144,14 @@ class InvertibleBatchNorm(Invertible):
 
 @torch.no_grad()
 def accumulate(parameter: Tensor, gradient: Tensor) -> None:
-    """Adds ``gradient`` to ``parameter.grad`` in place, as autograd would; frozen parameters are left alone."""
+    """Adds ``gradient`` to ``parameter.grad`` in place, as autograd would; frozen parameters are left alone.
+
+    It is laid out as the parameter, as fused optimisers take for granted.
+    """
     if not parameter.requires_grad:
         return
     if parameter.grad is None:
-        parameter.grad = gradient.clone()
+        parameter.grad = torch.empty_like(parameter).copy_(gradient)
     else:
         parameter.grad.add_(gradient)
 

@@ -1,4 +1,4 @@
-"""What a repeated pass replaces in a module: batch norm by recorded statistics, convolutions by slices, max pooling.
+"""What a repeated pass replaces in a module: batch norm by recorded statistics, convolutions, max pooling.
 
 Both passes of :class:`edgetrain.nn.replay.Replay` run inside a mode that sees every torch function called, the first
 one recording and the later ones reusing. The same kernels on the same shapes give the same bits, so that a repetition
@@ -22,7 +22,8 @@ from edgetrain.nn.sliced import conv2d
 class _Intercept(TorchFunctionMode):
     """Sees every torch function that a module calls.
 
-    Batch norm goes by recorded statistics, convolutions by slices, max pooling keeps a byte for each output.
+    Batch norm goes by recorded statistics, convolutions as in :mod:`edgetrain.nn.sliced`, max pooling keeps a byte for
+    each output.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

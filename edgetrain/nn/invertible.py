@@ -6,18 +6,21 @@ activation and one gradient travel through the network (Gomez et al. 2017; Hasco
 
 Names follow torch: a trailing underscore means *in place*. ``forward_``, ``inverse_`` and
 ``backward_from_output`` own the tensors they are given and overwrite them; ``forward`` and ``inverse``
-leave theirs alone. All tensors are (n, c, h, w) and without holes, channels first; for a layer that :attr:`keeps_layout
-<Invertible.keeps_layout>`, channels may come last too, in all tensors of a call alike.
+leave theirs alone. All tensors are (n, c, h, w). What is overwritten is without holes, channels first; or channels
+last, in all tensors of a call alike, for a layer that says :attr:`keeps_layout <Invertible.keeps_layout>`.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from edgetrain.errors import ModelError
+from edgetrain.nn.entry import entered
 from edgetrain.nn.grid import Grid
 from edgetrain.nn.layouts import copied
 from edgetrain.nn.replay import Replay, replaying
@@ -48,7 +51,10 @@ class Invertible(nn.Module):
 
     @property
     def keeps_layout(self) -> bool:
-        """Whether every pass takes images with channels last as well, and its results are laid out as what it took."""
+        """Whether every pass takes images with channels last as well, and its results are laid out as what it took.
+
+        A layer of yours says so with a class attribute, ``keeps_layout = True``.
+        """
         return False
 
     @property
@@ -101,7 +107,7 @@ class Invertible(nn.Module):
     @torch.no_grad()
     def inverse(self, y: Tensor) -> Tensor:
         """``x`` from ``y``, both of their own; see :meth:`inverse_`."""
-        return self.inverse_(y.clone())
+        return self.inverse_(copied(y))
 
     def backward_holding(self, y: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`backward_from_output`, with the hidden activations recomputed once from ``x`` and held.
@@ -133,6 +139,16 @@ class Invertible(nn.Module):
         dx.add_(gradient)
 
 
+def keeps_layout(module: nn.Module) -> bool:
+    """Whether ``module`` is invertible and :attr:`keeps_layout <Invertible.keeps_layout>`."""
+    return isinstance(module, Invertible) and module.keeps_layout
+
+
+@dataclass(slots=True)
+class _Caught:
+    gradient: Tensor | None = None
+
+
 class Rerun:
     """One more run of ``module`` under autograd, ready for its backward pass.
 
@@ -140,12 +156,23 @@ class Rerun:
         x: input, left alone.
         replay: what was recorded when ``module`` ran before; None for layers that keep their own statistics.
         input_gradient: whether :meth:`backward` shall give one.
+
+    Raises:
+        ModelError: the module overwrites its input.
     """
 
     def __init__(self, module: nn.Module, x: Tensor, *, replay: Replay | None, input_gradient: bool = True) -> None:
-        self._leaf = x.detach().requires_grad_(input_gradient)
+        self._caught = _Caught()
+        self._like = (x.shape, x.dtype, x.device) if input_gradient else None
+        version = x._version
         with torch.enable_grad(), replaying() if replay is None else replay.again():
-            output = module(self._leaf)
+            output = module(entered(x, self._caught) if input_gradient else x.detach())
+        if x._version != version:
+            raise ModelError(
+                found=f"a module {type(module).__name__} that overwrites its input",
+                expected="a module that leaves alone what its gradient is computed from",
+                action="let its first operation work out of place",
+            )
         self._edge = get_gradient_edge(output) if output.requires_grad else None
         self._output: Tensor | None = output.detach()
 
@@ -165,6 +192,8 @@ class Rerun:
         self._output = None
         if self._edge is not None:
             torch.autograd.backward([self._edge], [dy])
-        if self._leaf.grad is None and self._leaf.requires_grad:
-            return torch.zeros_like(self._leaf)
-        return self._leaf.grad
+        gradient, self._caught.gradient = self._caught.gradient, None
+        if gradient is None and self._like is not None:
+            shape, dtype, device = self._like
+            return torch.zeros(shape, dtype=dtype, device=device)
+        return gradient

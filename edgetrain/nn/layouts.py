@@ -22,9 +22,21 @@ def memory_format(x: Tensor) -> torch.memory_format:
     """
     if x.dim() != 4 or x.is_contiguous():
         return torch.contiguous_format
-    (_, c, h, w), (of_sample, of_channel, of_row, of_column) = x.shape, x.stride()
-    last = of_channel == 1 and c <= of_column and w * of_column <= of_row and h * of_row <= of_sample
-    return torch.channels_last if last else torch.contiguous_format
+    return torch.channels_last if are_channels_last(tuple(x.shape), x.stride()) else torch.contiguous_format
+
+
+def are_channels_last(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether a tensor of ``shape`` (n, c, h, w) has its channels last, holes between pixels or not.
+
+    Of rows, columns and samples, the stride does not matter where there is one.
+    """
+    extent = shape[1]
+    for dim in (3, 2, 0):
+        if shape[dim] != 1:
+            if strides[dim] < extent:
+                return False
+            extent = strides[dim] * shape[dim]
+    return strides[1] == 1
 
 
 def corrupting_convolution(module: nn.Module) -> str | None:
@@ -53,7 +65,15 @@ def check_channels_last(module: nn.Module) -> None:
 
 def with_channels_last(x: Tensor) -> Tensor:
     """The images ``x`` (n, c, h, w) with channels last; a copy if they are not. Anything else as it is."""
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+    if x.dim() != 4:
+        return x
+    # torch goes by all strides, those of dimensions of one element included
+    return x.contiguous(memory_format=torch.channels_last).as_strided(x.shape, channels_last_strides(tuple(x.shape)))
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether ``x`` is laid out so, and not row by row too, without holes."""
+    return memory_format(x) == torch.channels_last and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def laid_out_as(x: Tensor, model: Tensor) -> Tensor:

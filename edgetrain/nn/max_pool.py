@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from edgetrain.nn.layouts import laid_out_as, memory_format, new_like
-from edgetrain.nn.slices import FINE_SLICE_BYTES, batch_slices, is_whole_batch
+from edgetrain.nn.slices import FINE_SLICE_BYTES, batch_slices, is_on_cuda, is_whole_batch
 
 Extent = int | tuple[int, ...] | list[int]
 
@@ -121,7 +121,7 @@ class _MaxPool(torch.autograd.Function):
 def _pooled(x: Tensor, windows: _Windows, positions: Tensor | None) -> Tensor:
     """The maxima (n, c, oh, ow) of ``x``; where they stand goes into ``positions`` (uint8) of the same shape."""
     y = _new_outputs(x, windows, x.dtype)
-    by_shifts = not x.is_cuda and memory_format(x) == torch.contiguous_format
+    by_shifts = not is_on_cuda(x) and memory_format(x) == torch.contiguous_format
     for s in batch_slices(x, FINE_SLICE_BYTES):
         pool = _pool_by_shifts if by_shifts else _pool_by_index
         pool(x[s], windows, y[s], None if positions is None else positions[s])

@@ -27,9 +27,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from edgetrain.nn.layouts import laid_out_as, memory_format
+from edgetrain.nn.layouts import is_channels_last, laid_out_as
+from edgetrain.nn.slices import is_on_cuda, is_whole_batch
 
 _LINE_BYTES = 64  # of a processor's cache
+_LONG_ROW_BYTES = 1024  # in which its ends no longer matter
+_LEAST_BYTES = 4  # of a number whose partial sums may be rounded to it
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,12 @@ def channel_sums(x: Tensor, dy: Tensor, mean: Tensor, invstd: Tensor) -> tuple[T
 
 def _pixels_in_lines(x: Tensor, dy: Tensor) -> int:
     """Fewest pixels of (n, c, h, w) whose channels, which come last, fill whole lines of the cache; 1 elsewhere."""
-    if x.is_cuda or not all(memory_format(t) == torch.channels_last for t in (x, dy)):
+    row_bytes = x.shape[1] * x.element_size()
+    if x.element_size() < _LEAST_BYTES or row_bytes > _LONG_ROW_BYTES or is_on_cuda(x) or is_whole_batch():
         return 1
-    if not all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, dy)):
-        return 1  # what a view skips would be in between
-    pixels = _LINE_BYTES // math.gcd(_LINE_BYTES, x.shape[1] * x.element_size())
-    return pixels if x.numel() // x.shape[1] % pixels == 0 else 1
+    pixels = _LINE_BYTES // math.gcd(_LINE_BYTES, row_bytes)
+    whole = pixels > 1 and x.numel() // x.shape[1] % pixels == 0
+    return pixels if whole and is_channels_last(x) and is_channels_last(dy) else 1
 
 
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:

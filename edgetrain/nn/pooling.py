@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class InvertiblePool(Invertible):
         y = _in_shape(x, self.output_shape(x.shape))
         parts = y.shape[0] // x.shape[0]
         for s in batch_slices(x):
-            y[s.start * parts : s.stop * parts] = _apart(self.forward(x[s]), x)
+            y[s.start * parts : s.stop * parts] = _apart(self.permute(x[s]), x)
         return y
 
     def inverse_(self, y: Tensor) -> Tensor:
@@ -55,6 +56,17 @@ class InvertiblePool(Invertible):
 
     def backward_holding(self, y: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
         return self.backward_from_output(y, dy)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.output_shape(x.shape)
+        if torch.is_grad_enabled() and x.requires_grad and memory_format(x) == torch.channels_last:
+            y: Tensor = _Permutation.apply(x, self)
+            return y
+        return self.permute(x)
+
+    @abstractmethod
+    def permute(self, x: Tensor) -> Tensor:
+        """``y`` of :meth:`forward`, in memory of its own."""
 
     @abstractmethod
     def permute_back(self, y: Tensor) -> Tensor:
@@ -73,21 +85,36 @@ class InvertiblePool(Invertible):
         """Shape of ``x`` for ``y`` of ``shape``."""
 
 
+class _Permutation(torch.autograd.Function):
+    """Its gradient is permuted back as it comes; autograd would lay it out row by row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pool: InvertiblePool) -> Tensor:
+        ctx.pool = pool
+        return pool.permute(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return ctx.pool.permute_back(dy), None
+
+
 class ChannelPool(InvertiblePool):
     """Channel pooling (Jacobsen et al. 2018), the P_c of (3.29)."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def permute(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        self.output_shape(x.shape)
         y = x.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4)  # (n, c, 2, 2, h/2, w/2)
         if memory_format(x) == torch.channels_last:
-            # pixels first, then channels: in one copy, of single elements, it takes five times as long
+            # neighbourhoods first, then channels: in one copy, of single elements, it takes five times as long
             y = y.permute(0, 4, 5, 2, 3, 1).contiguous().permute(0, 5, 3, 4, 1, 2)
         return _joined(y, (1, 3, 1, 1), x)
 
     def permute_back(self, y: Tensor) -> Tensor:
         n, c, h, w = y.shape
-        x = y.reshape(n, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3)  # (n, c/4, h, 2, w, 2)
+        x = y.reshape(n, c // 4, 2, 2, h, w)
+        if memory_format(y) == torch.channels_last:
+            x = x.permute(0, 4, 5, 2, 3, 1).contiguous().permute(0, 5, 3, 4, 1, 2)
+        x = x.permute(0, 1, 4, 2, 5, 3)  # (n, c/4, h, 2, w, 2)
         return _joined(x, (1, 1, 2, 2), y)
 
     def output_shape(self, shape: torch.Size) -> tuple[int, int, int, int]:
@@ -103,9 +130,8 @@ class ChannelPool(InvertiblePool):
 class BatchPool(InvertiblePool):
     """Batch pooling (Hascoet et al. 2023), the P_b of (3.29)."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def permute(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        self.output_shape(x.shape)
         y = x.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 3, 5, 1, 2, 4)  # (n, 2, 2, c, h/2, w/2)
         return _joined(y, (3, 1, 1, 1), x)
 

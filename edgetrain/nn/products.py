@@ -5,8 +5,7 @@ A product is linear in each of its two factors, so its gradient needs the factor
     y = x * w + b:    dx = dy * w transposed,   dw = x transposed * dy,   db = sum of dy
 
 Whoever has kept ``y`` can therefore hand it out again and go back as if it had just been computed. The gradients come
-from the kernels that autograd itself would call; convolutions walk through the batch in slices as in
-:mod:`edgetrain.nn.sliced`.
+from the kernels that autograd itself would call; those of convolutions as in :mod:`edgetrain.nn.sliced`.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class ReversibleBlock(Invertible):
 
     @property
     def keeps_layout(self) -> bool:
-        """Unless it is exact, where ordinary modules, or invertible ones that do, are inside."""
+        """False if it is exact, or has an invertible module inside that does not."""
         inside = [module for module in (self.f, self.g) if isinstance(module, Invertible)]
         return not self.exact and all(module.keeps_layout for module in inside)
 

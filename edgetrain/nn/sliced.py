@@ -4,8 +4,8 @@ The result is that of ``torch.nn.functional.conv2d``; what differs is the memory
 layout copies and scratch, which is bounded by a slice instead of the batch. On CPUs it is faster too: scratch that
 is reused stays in the cache and needs no fresh pages from the kernel.
 
-Where channels come last without holes, oneDNN works on the tensors as they are, and what a slice gives would be copied
-for nothing: there the batch is one slice.
+Where channels come last without holes, oneDNN works on float32 tensors as they are, and what a slice gives would be
+copied for nothing: there the batch is one slice.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgetrain.nn.layouts import memory_format, new_like
-from edgetrain.nn.slices import batch_slices
+from edgetrain.nn.layouts import is_channels_last, new_like
+from edgetrain.nn.slices import batch_slices, is_on_cuda
 
 
 class _SlicedConv(torch.autograd.Function):
@@ -60,7 +60,7 @@ def convolution_gradients(
     dy: Tensor, x: Tensor, weight: Tensor, bias_sizes: list[int] | None, settings: ConvolutionSettings, mask: list[bool]
 ) -> tuple[Tensor | None, ...]:
     """Gradients with respect to x (n, c, ...), weight and bias, those that ``mask`` asks for, slice by slice."""
-    slices = list(_slices(x))
+    slices = list(_slices(x, dy))
     if len(slices) <= 1:
         return tuple(torch.ops.aten.convolution_backward(dy, x, weight, bias_sizes, *settings, mask))
     dx: Tensor | None = None
@@ -93,10 +93,13 @@ def conv2d(
     return _SlicedConv.apply(x, weight, bias, settings)
 
 
-def _slices(x: Tensor) -> Iterator[slice]:
-    """Of the batch x (n, c, ...); all of it where nothing is copied inside."""
-    channels_last = memory_format(x) == torch.channels_last and x.is_contiguous(memory_format=torch.channels_last)
-    return iter((slice(0, x.shape[0]),)) if channels_last and not x.is_cuda else batch_slices(x)
+def _slices(*tensors: Tensor) -> Iterator[slice]:
+    """Of the batch, whose ``tensors`` are (n, c, ...); all of it where oneDNN copies none of them."""
+    x = tensors[0]
+    onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and not is_on_cuda(x)
+    if onednn and all(t.dtype == torch.float32 and is_channels_last(t) for t in tensors):
+        return iter((slice(0, x.shape[0]),))
+    return batch_slices(x)
 
 
 def _pair(value: int | tuple[int, ...]) -> list[int]:

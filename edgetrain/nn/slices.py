@@ -19,6 +19,7 @@ import math
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -38,6 +39,7 @@ _ABRIDGED = 3  # full slices that an abridged walk shows
 
 @dataclass
 class _Walk:
+    on_cuda: bool
     weight: int = 1
 
 
@@ -61,13 +63,23 @@ def is_whole_batch() -> bool:
 
 
 @contextlib.contextmanager
-def abridged_slices() -> Iterator[None]:
-    """Inside, :func:`batch_slices` shows three full slices at most, and the rest: for tensors without data only."""
-    token = _abridged.set(_Walk())
+def abridged_slices(device: Literal["cpu", "cuda"] = "cpu") -> Iterator[None]:
+    """Inside, :func:`batch_slices` shows three full slices at most, and the rest: for tensors without data only.
+
+    Args:
+        device: kind of the one whose tensors those without data stand for, :func:`is_on_cuda`.
+    """
+    token = _abridged.set(_Walk(device == "cuda"))
     try:
         yield
     finally:
         _abridged.reset(token)
+
+
+def is_on_cuda(x: Tensor) -> bool:
+    """Whether ``x`` is on a CUDA device, or stands for one that is."""
+    walk = _abridged.get()
+    return x.is_cuda or (walk is not None and walk.on_cuda)
 
 
 def slice_weight() -> int:
@@ -85,7 +97,7 @@ def batch_slices(x: Tensor, slice_bytes: int = SLICE_BYTES) -> Iterator[slice]:
         yield slice(0, n)
         return
     sample_bytes = max(1, math.prod(x.shape[1:]) * x.element_size())
-    step = max(1, (CUDA_FACTOR if x.is_cuda else 1) * slice_bytes // sample_bytes)
+    step = max(1, (CUDA_FACTOR if is_on_cuda(x) else 1) * slice_bytes // sample_bytes)
     walk = _abridged.get()
     if walk is None:
         for start in range(0, n, step):

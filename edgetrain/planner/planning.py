@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 
-from edgetrain.chain import Block, Mode, chain_of
+from edgetrain.chain import Mode, chain_of
 from edgetrain.chain.noise import BFLOAT16_NSR, Noise
 from edgetrain.errors import UsageError
 from edgetrain.memory import Costs, Guest, measure_costs
@@ -402,8 +402,13 @@ class Planner:
             times = self._times_of(samples, channels_last)
             forbidden: Sequence[Collection[Mode]] | None = self._too_noisy
             if channels_last:
-                noisy = forbidden or [()] * len(self._blocks)
-                forbidden = [(*modes, *_channels_first_only(b)) for b, modes in zip(self._blocks, noisy, strict=True)]
+                costs = self.costs(samples, channels_last).blocks
+                planes: tuple[Mode, ...] = (*INVERSIONS, "selective")
+                noisy = forbidden or [()] * len(costs)
+                forbidden = [
+                    modes if cost.inverts_in_layout else (*modes, *planes)
+                    for cost, modes in zip(costs, noisy, strict=True)
+                ]
             search = Search(
                 self._blocks,
                 self.costs(samples, channels_last),
@@ -499,6 +504,7 @@ class Planner:
             optimizer=None if self.updates_in_backward else self._optimizer,
             loss=self._loss,
             dtype=DTYPES[self.precision],
+            device=self.place.kind,
         )
         return from_trace(trace, self.place.profile, batch_size=samples).reserved_bytes
 
@@ -530,13 +536,6 @@ def _with_selective(too_noisy: Mapping[Inversion, float]) -> dict[Mode, float]:
     if "invert_layerwise" in too_noisy:
         found["selective"] = too_noisy["invert_layerwise"]
     return found
-
-
-def _channels_first_only(block: Block) -> tuple[Mode, ...]:
-    """Modes in which a block's passes, and all that follow, would leave channels last."""
-    if not isinstance(block.module, Invertible) or block.module.keeps_layout:
-        return ()
-    return *INVERSIONS, "selective"
 
 
 def _convolves(module: nn.Module) -> bool:

@@ -126,7 +126,7 @@ def _others(
             found.append(Alternative(mode, block.refusals[mode]))
             continue
         from_output = mode in INVERSIONS or (mode == "selective" and cost.invertible)
-        if from_output and cost.channels_last and not cost.keeps_layout:
+        if from_output and not cost.inverts_in_layout:
             found.append(Alternative(mode, "works on channels first"))
             continue
         if from_output and mode in too_noisy:

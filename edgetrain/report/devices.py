@@ -17,6 +17,7 @@ from edgetrain.chain import Chain, chain_of
 from edgetrain.errors import UsageError
 from edgetrain.memory import Costs, StepTrace, measure_costs, predicted_times, program_seconds, simulate, trace_step
 from edgetrain.memory.estimate import DTYPES, Estimate, Precision, available_on, from_trace
+from edgetrain.memory.operators import DeviceKind
 from edgetrain.planner import Plan, UniformMode, schedule
 from edgetrain.planner.uniform import UNIFORM_MODES, decide
 from edgetrain.profiles import Profile
@@ -88,7 +89,7 @@ class _Steps:
     input_shape: tuple[int, int, int]
     optimizer: str
     precision: Precision
-    _traces: dict[tuple[UniformMode, int], StepTrace] = field(default_factory=dict)
+    _traces: dict[tuple[UniformMode, int, DeviceKind], StepTrace] = field(default_factory=dict)
     _estimates: dict[tuple[UniformMode, int, str], Estimate] = field(default_factory=dict)
 
     @functools.cached_property
@@ -109,8 +110,10 @@ class _Steps:
         """What the step needs on ``profile``; what there is may be that of another profile of the same allocator."""
         key = mode, batch_size, f"{profile.kind} {profile.cublas_workspace_bytes} {profile.cudnn_workspace}"
         if key not in self._estimates:
-            trace = self._traces.get(key[:2]) or self._trace(mode, batch_size)
-            self._traces[key[:2]] = trace
+            traced = mode, batch_size, profile.kind
+            if traced not in self._traces:
+                self._traces[traced] = self._trace(*traced)
+            trace = self._traces[traced]
             self._estimates[key] = from_trace(trace, profile, batch_size=batch_size, precision=self.precision)
         return self._estimates[key]
 
@@ -134,7 +137,7 @@ class _Steps:
             batch *= 2
         return batch
 
-    def _trace(self, mode: UniformMode, batch_size: int) -> StepTrace:
+    def _trace(self, mode: UniformMode, batch_size: int, device: DeviceKind) -> StepTrace:
         # keeping everything is the model's own step, to the byte, and sooner traced without a plan
         wrapped = None if mode == "keep_all" else functools.partial(wrap, plan=self.plan(mode, batch_size))
         return trace_step(
@@ -144,6 +147,7 @@ class _Steps:
             wrap=wrapped,
             optimizer=self.optimizer,
             dtype=DTYPES[self.precision],
+            device=device,
         )
 
 

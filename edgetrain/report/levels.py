@@ -43,6 +43,7 @@ def levels_of(
         wrap=functools.partial(wrap, plan=plan),
         optimizer=optimizer,
         dtype=DTYPES[precision],
+        device="cpu" if profile is None else profile.kind,
     )
     traced = from_trace(trace, profile or load_profile("cpu"), batch_size=samples, precision=precision)
     found.append(

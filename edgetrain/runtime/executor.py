@@ -22,7 +22,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 
 from edgetrain.chain import Block
 from edgetrain.errors import ModelError
-from edgetrain.nn.invertible import Invertible, Rerun
+from edgetrain.nn.entry import entered
+from edgetrain.nn.invertible import Invertible, Rerun, keeps_layout
 from edgetrain.nn.layouts import memory_format, with_channels_last
 from edgetrain.nn.max_pool import lean_pooling_in
 from edgetrain.nn.selective import Products
@@ -95,28 +96,6 @@ class _Output:
     def storages(self) -> set[int]:
         """Of the output."""
         return {_storage(self.y)}
-
-
-class _Entry(torch.autograd.Function):
-    """Where a graph begins: catches the gradient of the input.
-
-    A leaf would do the same, but holds the input until the backward pass, whether anything in the block saved it or
-    not.
-
-    Args:
-        anchor: requires a gradient, so that the output does.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, x: Tensor, run: _Run) -> Tensor:
-        ctx.run = run
-        return x.detach()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dx: Tensor) -> tuple[None, None, None]:
-        ctx.run.gradient = dx
-        return None, None, None
 
 
 class _Exit(torch.autograd.Function):
@@ -225,7 +204,7 @@ class Execution:
         before = None
         with torch.enable_grad(), _watching(graph.storages) if self._is_watched(i) else contextlib.nullcontext():
             if graph.first and run.like is not None:
-                x = _Entry.apply(torch.empty(0, requires_grad=True), x, run)
+                x = entered(x, run)
             with self._records[i].again() if again else lean_pooling_in(block.module):
                 y = block.module(x)
         del x
@@ -354,8 +333,7 @@ class Execution:
 
 def _layout_for(module: nn.Module, x: Tensor) -> torch.memory_format:
     """How an invertible ``module`` takes x (n, ...)."""
-    keeps = isinstance(module, Invertible) and module.keeps_layout
-    return memory_format(x) if keeps else torch.contiguous_format
+    return memory_format(x) if keeps_layout(module) else torch.contiguous_format
 
 
 def _copy_for(module: nn.Module, x: Tensor) -> Tensor:

@@ -133,8 +133,8 @@ class Program:
         names: of the blocks.
         shapes: of z[0] ... z[L], batch first.
         instructions: in order.
-        channels_last: whether z[0] is the batch with channels last (:mod:`edgetrain.nn.layouts`); what ordinary blocks
-            give follows it, and what comes back from an inverse.
+        channels_last: whether z[0] is the batch with channels last (:mod:`edgetrain.nn.layouts`). What ordinary blocks
+            give is laid out so too, and what they and blocks that ``keeps_layout`` get back from it.
     """
 
     names: tuple[str, ...]

@@ -12,9 +12,10 @@ import torch
 import edgetrain
 from edgetrain.memory import costs as costs_module
 from edgetrain.memory import measure_costs, step, trace_step
+from edgetrain.memory.operators import DeviceKind
 from edgetrain.memory.timeline import timeline
 from edgetrain.memory.trace import StepTrace
-from edgetrain.nn.slices import abridged_slices, batch_slices, slice_weight
+from edgetrain.nn.slices import SLICE_BYTES, abridged_slices, batch_slices, is_on_cuda, slice_weight
 from edgetrain.planner import UniformMode
 
 NETWORKS = ("hybrid18", "layerwise18", "revnet18")
@@ -41,6 +42,33 @@ def test_which_slices_stand_for_how_many() -> None:
         assert sum(nested) == 9 * 4
         assert slice_weight() == 1
     assert slice_weight() == 1
+
+
+def test_tensors_that_stand_for_those_of_a_cuda_device() -> None:
+    x = torch.empty(1, 1, device="meta").expand(40, 2**18)
+    assert not is_on_cuda(x)
+    with abridged_slices("cuda"):
+        assert is_on_cuda(x)
+        assert [(s.start, s.stop) for s in batch_slices(x)] == [(0, 16), (16, 32), (32, 40)]
+    with abridged_slices("cpu"):
+        assert not is_on_cuda(x)
+
+
+def test_a_step_for_a_cuda_device_has_its_slices() -> None:
+    model = edgetrain.create_model("hybrid18", num_classes=10)
+    plan = edgetrain.uniform_plan(model, "invert_layerwise", input_shape=INPUT, batch_size=BATCH)
+    found = []
+    for device in get_args(DeviceKind):
+        trace = trace_step(
+            model, input_shape=INPUT, batch_size=BATCH, wrap=lambda net: edgetrain.wrap(net, plan), device=device
+        )
+        factors = [call.arguments[0] for call in trace.calls if "convolution" in call.operator]
+        found.append(max(factor.nbytes for factor in factors if factor.shape[1] == 8))  # of stage 1
+        costs = measure_costs(model, input_shape=INPUT, batch_size=BATCH, measured=False, device=device)
+        found.append(costs.blocks[1].usual("backward invert_layerwise").peak_bytes)
+    on_cpu, cpu_peak, on_cuda, cuda_peak = found
+    assert on_cpu <= SLICE_BYTES < on_cuda
+    assert cuda_peak > cpu_peak + SLICE_BYTES
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import Tensor, nn
 
+from edgetrain.errors import ModelError
 from edgetrain.nn.activation import InvertibleLeakyReLU
+from edgetrain.nn.attention import AttentionTap
 from edgetrain.nn.batchnorm import InvertibleBatchNorm
 from edgetrain.nn.coupling import CouplingConv, CouplingLayer, CouplingStack
-from edgetrain.nn.invertible import Invertible
-from edgetrain.nn.layouts import copied, memory_format
-from edgetrain.nn.normalisation import Statistics, batch_moments, channel_sums, normalise
+from edgetrain.nn.invertible import Invertible, Rerun
+from edgetrain.nn.layouts import copied, memory_format, with_channels_last
+from edgetrain.nn.normalisation import Statistics, _pixels_in_lines, batch_moments, channel_sums, normalise
 from edgetrain.nn.pooling import BatchPool, ChannelPool
 from edgetrain.nn.replay import recording
 from edgetrain.nn.reversible import HybridBlock, ReversibleBlock
 
 BOUND = 1e-10  # the project's, in float64
-SHAPE = (5, 12, 6, 6)
+SHAPE = (8, 12, 64, 64)  # of 384 KiB a sample: two slices, or four fine ones
 FIRST, LAST = torch.contiguous_format, torch.channels_last
 
 
 def branch() -> nn.Module:
     return nn.Sequential(nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU())
+
+
+def tap() -> AttentionTap:
+    found = AttentionTap(mapping="sum", power=2)
+    target = torch.rand(SHAPE[0], SHAPE[2] * SHAPE[3], dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    found.target, found.scale = nn.functional.normalize(target), torch.tensor(3.0, dtype=torch.float64)
+    return found
 
 
 LAYERS = {
@@ -34,6 +41,7 @@ LAYERS = {
     "coupling layer": lambda: CouplingLayer(12),
     "stack of three": lambda: CouplingStack(12, depth=3),
     "reversible": lambda: ReversibleBlock(branch(), branch()),
+    "attention": lambda: tap(),
     "channel pooling": lambda: ChannelPool(),
     "batch pooling": lambda: BatchPool(),
     "hybrid": lambda: HybridBlock(12),
@@ -51,7 +59,7 @@ def build(name: str) -> Invertible:
 
 
 def tensors(count: int, layout: torch.memory_format, *, half: bool, shape: tuple[int, ...] = SHAPE) -> list[Tensor]:
-    """Of one seed; ``half``: every other channel of memory belongs to somebody else, as in a reversible block."""
+    """Of one seed; ``half``: the upper half of the channels of a larger tensor, as in a reversible block."""
     generator = torch.Generator().manual_seed(1)
     n, c, *size = shape
     found = []
@@ -67,17 +75,22 @@ def passes(name: str, layout: torch.memory_format, *, half: bool) -> list[Tensor
     (x,) = tensors(1, layout, half=half)
     y = layer.forward_(copied(x))
     dy = tensors(2, layout, half=half, shape=tuple(y.shape))[1]
-    results = [y.clone(), layer.inverse(y)]
-    results += copy.deepcopy(layer).backward_from_output(copied(y), copied(dy))
-    results += layer.backward_holding(copied(y), copied(dy))
+    results, gradients = [copied(y), layer.inverse(y)], []
+    ways = [layer.backward_from_output, layer.backward_holding]
     if layer.between:
-        results.append(layer.backward_between(x, y, copied(dy)))
+        ways.append(lambda y, dy: (x, layer.backward_between(x, y, dy)))
+    for back in ways:
+        found, gradient = back(copied(y), copied(dy))
+        results += [copied(found), gradient]
+        gradients += [p.grad for p in layer.parameters()]
+        assert all(p.grad.stride() == p.stride() for p in layer.parameters())
+        layer.zero_grad(set_to_none=True)
+    assert all(t.is_contiguous(memory_format=layout) for t in results)
     with recording():
         results.append(layer(x))
     results.append(layer(x))
     assert {memory_format(t) for t in results} == {layout}
-    assert all(t.is_contiguous(memory_format=layout) for t in results)
-    return [t.detach() for t in results] + [p.grad for p in layer.parameters() if p.grad is not None]
+    return [t.detach() for t in results] + gradients
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["whole", "half"])
@@ -132,6 +145,49 @@ def test_sums_with_channels_last(channels: int, size: int, half: bool):
     found = batch_moments(last[0])
     torch.testing.assert_close(found[0], x.mean(dims), rtol=BOUND, atol=BOUND)
     torch.testing.assert_close(found[1], x.var(dims, correction=0), rtol=BOUND, atol=BOUND)
+
+
+def test_pixels_that_fill_lines_of_the_cache():
+    def pixels(channels: int, *, dtype: torch.dtype = torch.float32, layout: torch.memory_format = LAST) -> int:
+        x = torch.randn(4, channels, 8, 8, dtype=dtype).contiguous(memory_format=layout)
+        return _pixels_in_lines(x, x)
+
+    assert [pixels(c) for c in (3, 8, 16, 20, 24, 40, 64, 256)] == [16, 2, 1, 4, 2, 2, 1, 1]
+    assert [pixels(c, dtype=torch.float64) for c in (8, 20)] == [1, 2]
+    assert pixels(20, layout=FIRST) == pixels(20, dtype=torch.bfloat16) == pixels(1001) == 1
+
+
+def test_strides_of_one_image_do_not_matter():
+    x = torch.randn(6, 5, 3).permute(2, 0, 1)[None]  # as from rows of pixels: the batch's stride is 1
+    assert x.stride()[0] < x.numel()
+    y = with_channels_last(x)
+    assert torch.equal(x, y)
+    assert y.data_ptr() == x.data_ptr()
+    assert memory_format(x) == memory_format(y) == LAST
+    assert y.stride() == (90, 1, 15, 3)
+
+
+@pytest.mark.parametrize("pool", [ChannelPool(), BatchPool()])
+def test_the_gradient_of_pooling_keeps_channels_last(pool: Invertible):
+    x = torch.randn(4, 6, 8, 8, dtype=torch.float64).contiguous(memory_format=LAST).requires_grad_()
+    y = pool(x)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y), create_graph=True)
+    assert memory_format(dx) == LAST
+    assert torch.autograd.gradcheck(pool, (x[:1].detach().requires_grad_(),))
+    assert torch.autograd.gradgradcheck(pool, (x[:1].detach().requires_grad_(),))
+
+
+def test_a_residual_hands_its_gradient_on_with_channels_last():
+    (x,) = tensors(1, LAST, half=True, shape=(4, 6, 8, 8))
+    rerun = Rerun(branch().double(), x.data, replay=None)
+    dx = rerun.backward(torch.ones_like(rerun.take_output()))
+    assert dx is not None
+    assert memory_format(dx) == LAST
+
+
+def test_what_overwrites_its_input_has_no_gradient():
+    with pytest.raises(ModelError, match="ReLU that overwrites its input"):
+        Rerun(nn.ReLU(inplace=True), torch.randn(2, 3), replay=None)
 
 
 @pytest.mark.parametrize("layout", [FIRST, LAST], ids=["first", "last"])
