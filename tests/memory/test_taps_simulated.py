@@ -67,7 +67,7 @@ def test_a_step_with_a_teacher_takes_what_is_predicted(mode: Any, beta: float) -
 
 def test_a_guest_is_in_the_plan() -> None:
     model = edgetrain.create_model("hybrid18", width=8)
-    alone = Planner(model, input_shape=INPUT, batch_size=BATCH)
+    alone = Planner(model, input_shape=INPUT, batch_size=BATCH, channels_last=False)
     alone.least()
     standing = alone.changed(guest=Guest(10**6))
     assert standing.least().peak_bytes == alone.least().peak_bytes + 10**6
