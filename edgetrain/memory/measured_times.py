@@ -6,8 +6,8 @@ of each instruction's times counts: whatever else runs on the machine only ever 
 the processors' time or more, the result says so.
 
 A block that is timed alone finds other pages and caches than one in a step: sixty convolutions of 16 channels took 1.5
-times as long alone. So where a step that keeps everything surely fits, it is timed too, and all seconds but the
-optimiser's are multiplied by what makes the sum of its instructions come out right.
+times as long alone. So where three steps that keep everything fit into the memory and half of the time, they are timed
+too, and all seconds but the optimiser's are multiplied by what makes the sum of a step's instructions come out right.
 
 The batch is that of the step unless it does not fit, or would not leave time for the warm-up and a round. Then it is
 the largest that does, 16 at least where they fit, and the seconds of all instructions but the optimiser's are continued
@@ -55,8 +55,8 @@ _QUIET = 0.1  # part of the processors' time, above which what is measured depen
 _FEW = 4  # samples of the first pass, which finds how large a batch can be
 _LEAST = 16  # samples that are worth the time: with fewer, torch takes other algorithms for convolutions on a CPU
 _ROUNDS = 1, 12  # at least and at most, after the warm-up
-_STEPS = 2, 8  # whole ones, the first of which does not count
-_STEPS_SHARE = 0.2  # of the time
+_STEPS = 3, 8  # whole ones
+_STEPS_SHARE = 0.5  # of the time, on top of it
 _MEMORY_SHARE = 0.5  # of what is available
 
 
@@ -90,6 +90,7 @@ def measured_times(
     memory_bytes: int | None = None,
     clock: Clock = time.perf_counter,
     channels_last: bool = False,
+    step_ratio: float | None = None,
 ) -> Times:
     """What every instruction takes on the device that the model is on.
 
@@ -100,11 +101,14 @@ def measured_times(
         optimizer: a name of :data:`edgetrain.memory.OPTIMIZERS`, a function of the parameters, or None.
         dtype: of weights and batch.
         loss: from the model's output.
-        budget_s: seconds to spend, about. Exceeded by a few whole steps, and where two runs of 16 samples take longer.
+        budget_s: seconds to spend, about, and up to half as much on whole steps. Exceeded where two runs of 16 samples
+            take longer.
         memory_bytes: to spend; None: half of what the device has available.
         clock: what is read around an instruction. ``time.process_time`` where the machine is busy with other work:
             processor seconds, which are seconds of a step on a CPU with one thread.
         channels_last: of Programs whose z[0] has its channels last.
+        step_ratio: of other times of the same model, with which these are to be compared; 1 where those have none. No
+            whole step is timed then.
 
     Returns:
         Seconds; ``source`` names the share of the processors that other work took, where that was a tenth or more.
@@ -132,7 +136,10 @@ def measured_times(
         course.begin(batch_of(min(_FEW, batch_size)))
         course.begin(batch_of(course.largest_batch(batch_size, memory_bytes, budget_s)))
         course.measure(until=began + budget_s)
-        course.measure_whole(memory_bytes, budget_s)
+        if step_ratio is None:
+            course.measure_whole(memory_bytes, _STEPS_SHARE * budget_s)
+        else:
+            course.step_ratio = step_ratio
         times = course.times(batch_size, source=_source(others_share(ticks, processor_ticks())))
         return replace(times, channels_last=channels_last)
 
@@ -153,8 +160,8 @@ class _Course:
         self._kinds: list[_Kind] = []
         self._of_block: list[_Kind] = []
         self._head = 0.0
-        self._whole: float | None = None
-        self._bytes_per_sample = 0
+        self._bytes_per_sample: int | None = None
+        self.step_ratio: float | None = None
 
     def begin(self, batch: Sample) -> None:
         """Runs everything once from ``batch``, block after block, and forgets what was measured before."""
@@ -177,17 +184,22 @@ class _Course:
     def largest_batch(self, batch_size: int, memory_bytes: int, seconds: float) -> int:
         """Samples of which every block fits into ``memory_bytes`` and all can be run twice in ``seconds``."""
         few = self._kinds[0].x.shape[0]
+        if few == batch_size:
+            return few
         fitting, spent = batch_size, 0.0
         per_kind: dict[int, int] = {}
         for kind in self._kinds:
             began = time.perf_counter()
             self._run(kind)  # the second time: without the loading of code
             spent += time.perf_counter() - began
-            weights = sum(p.nbytes for p in self._chain.blocks[kind.i].module.parameters())
+            parameters = list(self._chain.blocks[kind.i].module.parameters())
+            weights = sum(p.nbytes for p in parameters)
+            gradients = sum(p.nbytes for p in parameters if p.requires_grad)
             run = functools.partial(self._run, kind)  # first as the setup: what a module holds is replaced
             with muted():  # the profiler warns of blocks that were there before
                 need = measure_peak(run, setup=run, device=kind.x.device).allocator_peak_bytes
-            per_kind[id(kind)] = max(1, need - weights) // few  # a gradient is as large as its weight
+            least = 2 * (kind.x.nbytes + kind.y.nbytes)  # beside large gradients the rest does not show
+            per_kind[id(kind)] = max(least, need - gradients) // few
             fitting = min(fitting, (memory_bytes - 2 * weights) // max(1, per_kind[id(kind)]))
         self._bytes_per_sample = sum(per_kind[id(kind)] for kind in self._of_block)
         quick = int(few * seconds / ((1 + _ROUNDS[0]) * spent)) if spent else batch_size
@@ -203,28 +215,35 @@ class _Course:
             self._head = min(self._head, head_seconds(self._of_block[-1].y, self._loss, self._clock))
 
     def measure_whole(self, memory_bytes: int, seconds: float) -> None:
-        """Steps that keep everything, if all that the blocks need one by one fits at once; more than two in a fifth of
-        ``seconds``.
+        """Three to eight steps that keep everything, unless three take longer than ``seconds``.
+
+        What the blocks need one by one must fit into ``memory_bytes`` at once, with gradients, the optimiser's state
+        and the loss.
         """
         x, blocks = self._of_block[0].x, self._chain.blocks
         parameters = {p for block in blocks for p in block.module.parameters()}
-        if x.shape[0] * self._bytes_per_sample + 2 * sum(p.nbytes for p in parameters) > memory_bytes:
+        alone = self._seconds_alone
+        if self._bytes_per_sample is None or not 0 < _STEPS[0] * alone <= seconds:
+            return
+        weights, logits = sum(p.nbytes for p in parameters), self._of_block[-1].y.nbytes
+        if x.shape[0] * self._bytes_per_sample + 4 * (weights + logits) > memory_bytes:
             return
         if not any(p.requires_grad for p in parameters):
             return
-        until = time.perf_counter() + _STEPS_SHARE * seconds
-        taken: list[float] = []
+        until, taken = time.perf_counter() + seconds, list[float]()
         while len(taken) < _STEPS[0] or (len(taken) < _STEPS[1] and time.perf_counter() < until):
             taken.append(keep_all_seconds(blocks, x, self._loss, self._clock))
-        self._whole = min(taken[1:])
+        self.step_ratio = min(taken) / alone
+
+    @property
+    def _seconds_alone(self) -> float:
+        """Of a step that keeps everything, by its instructions."""
+        return self._head + sum(kind.seconds["forward_all"] + kind.seconds["backward_saved"] for kind in self._of_block)
 
     def times(self, batch_size: int, *, source: str) -> Times:
         """What was found, continued to ``batch_size``."""
         samples = [self._of_block[0].x, *(kind.y for kind in self._of_block)]
-        scale = batch_size / samples[0].shape[0]
-        alone = sum(kind.seconds["forward_all"] + kind.seconds["backward_saved"] for kind in self._of_block)
-        if self._whole is not None and alone + self._head > 0:
-            scale *= self._whole / (alone + self._head)
+        scale = batch_size / samples[0].shape[0] * (self.step_ratio or 1.0)
         largest = max(samples, key=lambda sample: sample.nbytes)
         roundable = [sample for sample in samples if can_be_rounded(sample.dtype)]
         rounded = max(roundable, key=lambda sample: sample.nbytes, default=None)
@@ -236,6 +255,7 @@ class _Course:
             source=source,
             shapes=self._chain.shapes((batch_size, *samples[0].shape[1:])),
             element_bytes=tuple(sample.dtype.itemsize for sample in samples),
+            step_ratio=self.step_ratio,
         )
 
     def _run(self, kind: _Kind) -> None:

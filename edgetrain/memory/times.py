@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from edgetrain.errors import ModelError
 from edgetrain.runtime.program import (
@@ -58,6 +59,15 @@ class BlockTimes:
     forward_products_only: float | None = None
     backward_invert_selective: float | None = None
 
+    def multiplied(self, factor: float) -> BlockTimes:
+        """All seconds but the optimiser's multiplied by ``factor``."""
+        scaled: dict[str, Any] = {
+            field.name: None if (value := getattr(self, field.name)) is None else factor * value
+            for field in fields(self)
+            if field.name != "update"
+        }
+        return replace(self, **scaled)
+
     def forward_seconds(self, keep: Keep) -> float | None:
         """Of a forward pass."""
         if keep == "all":
@@ -86,6 +96,8 @@ class Times:
         shapes: of z[0] ... z[L], batch first.
         element_bytes: of one element of z[0] ... z[L].
         channels_last: as of the Program.
+        step_ratio: what the seconds of instructions that were timed alone were multiplied by, so that their sum is the
+            time of a whole step; None where none was timed.
     """
 
     blocks: tuple[BlockTimes, ...]
@@ -96,6 +108,14 @@ class Times:
     shapes: tuple[tuple[int, ...], ...]
     element_bytes: tuple[int, ...]
     channels_last: bool = False
+    step_ratio: float | None = None
+
+    def alone(self) -> Times:
+        """The seconds of instructions timed alone: of use beside others that no whole step was timed for."""
+        if self.step_ratio is None:
+            return self
+        blocks = tuple(block.multiplied(1 / self.step_ratio) for block in self.blocks)
+        return replace(self, blocks=blocks, head=self.head / self.step_ratio, step_ratio=None)
 
     @property
     def batch_size(self) -> int:

@@ -22,7 +22,7 @@ from torch.autograd.graph import get_gradient_edge
 from edgetrain.errors import ModelError
 from edgetrain.nn.entry import entered
 from edgetrain.nn.grid import Grid
-from edgetrain.nn.layouts import copied
+from edgetrain.nn.layouts import copied, memory_format
 from edgetrain.nn.replay import Replay, replaying
 from edgetrain.nn.slices import batch_slices
 
@@ -144,6 +144,14 @@ def keeps_layout(module: nn.Module) -> bool:
     return isinstance(module, Invertible) and module.keeps_layout
 
 
+def _is_dense(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=memory_format(x))
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
 @dataclass(slots=True)
 class _Caught:
     gradient: Tensor | None = None
@@ -184,7 +192,9 @@ class Rerun:
         return output
 
     def backward(self, dy: Tensor) -> Tensor | None:
-        """Gradient with respect to ``x``, None if none was asked for; those of the parameters go to their ``.grad``.
+        """Gradient with respect to ``x``, without holes and in memory of its own; None if none was asked for.
+
+        Those of the parameters go to their ``.grad``.
 
         Args:
             dy: gradient with respect to the output, left alone.
@@ -193,6 +203,8 @@ class Rerun:
         if self._edge is not None:
             torch.autograd.backward([self._edge], [dy])
         gradient, self._caught.gradient = self._caught.gradient, None
+        if gradient is not None and (not _is_dense(gradient) or _share_memory(gradient, dy)):
+            return copied(gradient)  # whoever gets it may overwrite it
         if gradient is None and self._like is not None:
             shape, dtype, device = self._like
             return torch.zeros(shape, dtype=dtype, device=device)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from edgetrain.errors import ModelError
 from edgetrain.nn.invertible import Invertible
-from edgetrain.nn.layouts import memory_format
+from edgetrain.nn.layouts import memory_format, new_like
 from edgetrain.nn.slices import batch_slices
 
 
@@ -66,11 +66,11 @@ class InvertiblePool(Invertible):
 
     @abstractmethod
     def permute(self, x: Tensor) -> Tensor:
-        """``y`` of :meth:`forward`, in memory of its own."""
+        """``y`` of :meth:`forward`; with channels first, at a single pixel, a view of ``x``."""
 
     @abstractmethod
     def permute_back(self, y: Tensor) -> Tensor:
-        """The inverse, in memory of its own."""
+        """The inverse, likewise."""
 
     @abstractmethod
     def output_shape(self, shape: torch.Size) -> tuple[int, int, int, int]:
@@ -159,8 +159,11 @@ def _joined(parts: Tensor, counts: tuple[int, int, int, int], like: Tensor) -> T
         first += count
     if memory_format(like) == torch.contiguous_format:
         return parts.reshape(shape)
-    (n, c, h, w), (of_n, of_c, of_h, of_w) = shape, dims
-    return parts.permute(*of_n, *of_h, *of_w, *of_c).reshape(n, h, w, c).permute(0, 3, 1, 2)
+    of_n, of_c, of_h, of_w = dims
+    y = new_like(like, tuple(shape))  # not a view: an operator may work in place on what a Function gives
+    parts = parts.permute(*of_n, *of_h, *of_w, *of_c)
+    y.permute(0, 2, 3, 1).view(parts.shape).copy_(parts)
+    return y
 
 
 def _in_shape(x: Tensor, shape: tuple[int, int, int, int]) -> Tensor:

@@ -354,15 +354,18 @@ class Planner:
         samples = self.batch_size // self._counts[0]
         if self.costs(samples).draws_by_layout:
             return (False,)  # dropout would drop other elements
-        first = self._times_of(samples, False).keep_all_seconds
+        first = self._times_of(samples, False)
         try:
-            last = self._times_of(samples, True).keep_all_seconds
+            last = self._times_of(samples, True)
             self.costs(samples, True)
         except Exception as error:  # such as a view that takes channels first; the model runs as it is
             _LOG.info("channels stay first: with channels last the model fails (%s)", error)
             self._measured.pop((samples, True), None)
             return (False,)
-        return (True, False) if last < (1 - CLOCK_ERROR) * first else (False,)
+        if (first.step_ratio is None) != (last.step_ratio is None):  # a whole step was timed in one layout alone
+            first, last = first.alone(), last.alone()
+            self._measured |= {(samples, False): first, (samples, True): last}
+        return (True, False) if last.keep_all_seconds < (1 - CLOCK_ERROR) * first.keep_all_seconds else (False,)
 
     @property
     def _takes_images(self) -> bool:
@@ -435,6 +438,8 @@ class Planner:
             return replace(self._any_times, shapes=costs.shapes, blocks=blocks, channels_last=channels_last)
         key = samples, channels_last
         if key not in self._measured:
+            # of parts of the batch as of the whole: what is compared is scaled alike
+            known = next((times for (_, last), times in self._measured.items() if last == channels_last), None)
             self._measured[key] = measured_times(
                 self.model,
                 input_shape=self.input_shape,
@@ -443,6 +448,7 @@ class Planner:
                 dtype=DTYPES[self.precision],
                 loss=self._loss,
                 channels_last=channels_last,
+                step_ratio=None if known is None else known.step_ratio or 1.0,
             )
         return self._measured[key]
 

@@ -49,14 +49,23 @@ def device_rows(
     if not profiles:
         return ()
     steps = _Steps(model, input_shape, optimizer, precision)
-    costs = measure_costs(
-        model, input_shape=input_shape, batch_size=batch_size, dtype=DTYPES[precision], optimizer=optimizer
-    )
+    costs_on = {
+        kind: measure_costs(
+            model,
+            input_shape=input_shape,
+            batch_size=batch_size,
+            dtype=DTYPES[precision],
+            optimizer=optimizer,
+            device=kind,
+        )
+        for kind in {profile.kind for profile in profiles}
+    }
     plans = {mode: steps.plan(mode, batch_size) for mode in UNIFORM_MODES}
-    leanest = min(UNIFORM_MODES, key=lambda mode: simulate(plans[mode].program, costs).peak_bytes)
-    modes: list[UniformMode] = list(dict.fromkeys(("keep_all", leanest)))
     rows = []
     for profile in profiles:
+        costs = costs_on[profile.kind]
+        leanest = min(UNIFORM_MODES, key=lambda mode: simulate(plans[mode].program, costs).peak_bytes)
+        modes: list[UniformMode] = list(dict.fromkeys(("keep_all", leanest)))
         estimates = {mode: steps.estimate(mode, batch_size, profile) for mode in modes}
         available = available_on(profile)
         fits = [

@@ -6,6 +6,7 @@ import copy
 import math
 import sys
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -221,6 +222,40 @@ def test_times_measured_beside_other_work_say_so(own: int, source: str, monkeypa
     module = sys.modules["edgetrain.memory.measured_times"]  # the package has the function by this name
     monkeypatch.setattr(module, "processor_ticks", lambda: next(counts))
     assert measured_times(nn.Linear(3, 2), input_shape=(3,), batch_size=2, budget_s=0.0).source == source
+
+
+def small_network() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
+
+
+@pytest.fixture
+def whole_steps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Steps that were timed; each takes 7 s, the second 5."""
+    seconds: list[float] = []
+
+    def timed(*_: Any) -> float:
+        seconds.append(5.0 if len(seconds) == 1 else 7.0)
+        return seconds[-1]
+
+    monkeypatch.setattr(sys.modules["edgetrain.memory.measured_times"], "keep_all_seconds", timed)
+    return seconds
+
+
+def test_the_sum_of_the_instructions_is_a_whole_step(whole_steps: list[float]):
+    times = measured_times(small_network(), input_shape=(3, 8, 8), batch_size=32, budget_s=1.0, memory_bytes=10**9)
+    assert 3 <= len(whole_steps) <= 8
+    assert times.keep_all_seconds + times.head == pytest.approx(5.0)
+    assert times.step_ratio is not None
+    assert times.alone().keep_all_seconds + times.alone().head == pytest.approx(5.0 / times.step_ratio)
+    assert times.alone().blocks[0].update == times.blocks[0].update < 1
+
+
+def test_no_whole_step_is_timed_where_it_might_not_fit(whole_steps: list[float]):
+    shape = {"input_shape": (3, 8, 8), "batch_size": 32}
+    assert measured_times(small_network(), **shape, budget_s=1.0, memory_bytes=200_000).step_ratio is None
+    assert measured_times(small_network(), **shape, budget_s=0.0, memory_bytes=10**9).step_ratio is None
+    assert measured_times(small_network(), **shape, budget_s=1.0, step_ratio=2.0).step_ratio == 2.0
+    assert not whole_steps
 
 
 def test_equal_blocks_share_their_times():

@@ -185,6 +185,39 @@ def test_a_residual_hands_its_gradient_on_with_channels_last():
     assert memory_format(dx) == LAST
 
 
+class Shifted(nn.Module):
+    """Its parameter's gradient is the output's, of one sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(3, 2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.shift[None]
+
+
+def test_a_gradient_that_is_handed_through_is_a_copy():
+    module, dy = Shifted(), torch.randn(1, 3, 2, 2)
+    kept = dy.clone()
+    dx = Rerun(module, torch.randn(1, 3, 2, 2), replay=None).backward(dy)
+    assert dx is not None
+    dx.zero_()
+    assert torch.equal(dy, kept)
+    assert torch.equal(module.shift.grad, kept[0])
+
+
+def test_a_gradient_without_memory_of_its_own_gets_it():
+    dx = Rerun(nn.AdaptiveAvgPool2d(1), torch.randn(2, 3, 4, 4), replay=None).backward(torch.ones(2, 3, 1, 1))
+    assert dx is not None
+    assert dx.is_contiguous()
+
+
+def test_pooling_at_a_single_pixel_is_no_view():
+    x = torch.randn(2, 3, 2, 2).contiguous(memory_format=LAST).requires_grad_()
+    for pool in (ChannelPool(), BatchPool()):
+        nn.functional.relu_(pool(x)).sum().backward()
+
+
 def test_what_overwrites_its_input_has_no_gradient():
     with pytest.raises(ModelError, match="ReLU that overwrites its input"):
         Rerun(nn.ReLU(inplace=True), torch.randn(2, 3), replay=None)
