@@ -1,10 +1,14 @@
-"""Making glibc's malloc give memory back.
+"""Making glibc's malloc give memory back, or keep it.
 
 Freed blocks below the mmap threshold stay in the heap of the process. The threshold starts at 128 KiB, but each freed
 mmapped block raises it to the size of that block, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD): after a few tensors
 were freed, activations of 1 to 32 MiB come from the heap, where they leave holes that fit nothing else, and the process
 grows far beyond what torch has allocated. With a fixed threshold every larger block is a mapping of its own that
-is gone when it is freed. The price is page faults: the kernel clears every block again.
+is gone when it is freed. The price is page faults: the kernel clears every block again, which makes a training step
+take 1.2 to 2.7 times as long (``tools/heap_time.py``, docs/results/heap_time_cpu.json).
+
+A program that repeats its step may keep what it has: with no mapping and no trimming a step after the first has no
+page faults at all, at the price of the holes. Without either setting glibc trims the end of its heap in every step.
 """
 
 from __future__ import annotations
@@ -17,7 +21,9 @@ from edgetrain.units import KIB, MIB
 
 DEFAULT_THRESHOLD_BYTES = MIB
 MAX_THRESHOLD_BYTES = 32 * MIB  # HEAP_MAX_SIZE / 2 on 64-bit systems
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h
+_MAPPINGS = 65536  # DEFAULT_MMAP_MAX
+_NEVER = 2**31 - 1  # largest int: bytes free at the end of the heap
 KEPT_BLOCKS = 4  # free blocks below the threshold that may stay at the top of the heap
 
 
@@ -33,7 +39,7 @@ def release_free_memory() -> bool:
 def return_large_blocks(threshold_bytes: int = DEFAULT_THRESHOLD_BYTES) -> bool:
     """From now on, a block of ``threshold_bytes`` or more goes back to the kernel when it is freed.
 
-    Holds for the whole process and cannot be undone. False where the C library is not glibc.
+    Holds for the whole process, until :func:`keep_freed_blocks`. False where the C library is not glibc.
 
     Raises:
         UsageError: the threshold is below 4 KiB or above 32 MiB, which glibc refuses.
@@ -47,8 +53,21 @@ def return_large_blocks(threshold_bytes: int = DEFAULT_THRESHOLD_BYTES) -> bool:
     libc = _glibc()
     if libc is None:
         return False
+    libc.mallopt(_M_MMAP_MAX, _MAPPINGS)
     libc.mallopt(_M_TRIM_THRESHOLD, KEPT_BLOCKS * threshold_bytes)
     return bool(libc.mallopt(_M_MMAP_THRESHOLD, threshold_bytes))
+
+
+def keep_freed_blocks() -> bool:
+    """From now on, a block that is freed stays with the process, for the next one that fits.
+
+    Holds for the whole process, until :func:`return_large_blocks`. False where the C library is not glibc.
+    """
+    libc = _glibc()
+    if libc is None:
+        return False
+    libc.mallopt(_M_TRIM_THRESHOLD, _NEVER)
+    return bool(libc.mallopt(_M_MMAP_MAX, 0))
 
 
 def allocated_bytes() -> int | None:

@@ -6,7 +6,8 @@ block by block in it, channels first or last, whichever it finds fastest. Its pe
 time in rounds in which every contestant runs two steps, of which the second is timed. Contestants: keep all and
 torch.utils.checkpoint with every number of segments, each with its batch given channels first and channels last;
 torch.compile with activation_memory_budget where --compile asks for it. At each budget the fastest contestant whose
-measured peak fits is the peer.
+measured peak fits is the peer; the fastest without a compiler is named as well. All run in one process whose heap keeps
+what is freed, as edgetrain's own runs do (:func:`edgetrain.targets.keep_freed_blocks`): peers gain from it too.
 
     python tools/planner_bench.py
     python tools/planner_bench.py --networks hybrid18 resnet56 --rounds 7
@@ -46,6 +47,7 @@ from edgetrain.planner import Plan, Planner
 from edgetrain.planner.search import CLOCK_ERROR
 from edgetrain.runtime import Wrapped
 from edgetrain.runtime.program import Update
+from edgetrain.targets import keep_freed_blocks
 from edgetrain.units import MIB
 
 FRACTIONS = (0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
@@ -120,6 +122,11 @@ class Contestant:
         self.seconds: list[float] = []
         self.peak_bytes = 0
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether torch.compile made it."""
+        return self.name.startswith("compile")
+
     def step(self) -> None:
         """One training step; gradients are gone before it."""
         for x, labels in zip(self._x.chunk(self.parts), self._labels.chunk(self.parts), strict=True):
@@ -180,6 +187,7 @@ def compiled(model: nn.Module, budget: float) -> Callable[[Tensor], Tensor]:
 
 def run(case: Case, rounds: int, *, compile_budgets: list[float]) -> list[dict[str, Any]]:
     """A row per fraction."""
+    keep_freed_blocks()
     model = build(case)
     shape = (3, case.size, case.size)
     x, labels = torch.randn(case.batch, *shape), torch.zeros(case.batch, dtype=torch.long)
@@ -272,14 +280,16 @@ def run(case: Case, rounds: int, *, compile_budgets: list[float]) -> list[dict[s
             runner.time()
     for row, plan_runner in zip(rows, plans, strict=True):
         fitting = [peer for peer in racing if peer.peak_bytes <= row["budget_bytes"]]
-        best = min(fitting, key=lambda peer: statistics.median(peer.seconds), default=None)
+        best, eager = _fastest(fitting), _fastest([peer for peer in fitting if not peer.is_compiled])
         row |= {"keep_all_s": statistics.median(keep_all.seconds), "peer": None if best is None else best.name}
+        row["eager_peer"] = None if eager is None else eager.name
         if best is not None:
             row |= {"peer_s": statistics.median(best.seconds), "peer_bytes": best.peak_bytes}
         if plan_runner is not None:
             row["seconds"] = statistics.median(plan_runner.seconds)
             row["over_keep_all"] = _ratio(plan_runner, keep_all)
             row["over_peer"] = None if best is None else _ratio(plan_runner, best)
+            row["over_eager_peer"] = None if eager is None else _ratio(plan_runner, eager)
     return rows
 
 
@@ -295,7 +305,11 @@ def _front(peers: list[Contestant], budgets: list[int]) -> list[Contestant]:
         fitting = [peer for peer in peers if peer.peak_bytes <= budget and peer.seconds]
         for peer in sorted(fitting, key=lambda peer: min(peer.seconds))[:3]:
             chosen[id(peer)] = peer
-    return list(chosen.values()) + [peer for peer in peers if peer.name.startswith("compile")]
+    return list(chosen.values()) + [peer for peer in peers if peer.is_compiled]
+
+
+def _fastest(contestants: list[Contestant]) -> Contestant | None:
+    return min(contestants, key=lambda one: statistics.median(one.seconds), default=None)
 
 
 def _ratio(a: Contestant, b: Contestant) -> float:
@@ -310,6 +324,8 @@ def line(row: dict[str, Any]) -> str:
     if "infeasible" in row:
         return f"{head}  no plan fits; {peer}"
     over_peer = "" if row["over_peer"] is None else f" plan/peer {row['over_peer']:.2f}"
+    if row["eager_peer"] != row["peer"] and row["over_eager_peer"] is not None:
+        over_peer += f", plan/{row['eager_peer']} {row['over_eager_peer']:.2f}"
     return (
         f"{head}  plan {row['peak_bytes'] / 2**20:.1f} MiB ({row['predicted_bytes'] / row['peak_bytes'] - 1:+.1%}) "
         f"{row['seconds']:.3f} s (predicted {row['predicted_s']:.3f}) plan/keep all {row['over_keep_all']:.2f} | "
