@@ -7,8 +7,9 @@ grows far beyond what torch has allocated. With a fixed threshold every larger b
 is gone when it is freed. The price is page faults: the kernel clears every block again, which makes a training step
 take 1.2 to 2.7 times as long (``tools/heap_time.py``, docs/results/heap_time_cpu.json).
 
-A program that repeats its step may keep what it has: with no mapping and no trimming a step after the first has no
-page faults at all, at the price of the holes. Without either setting glibc trims the end of its heap in every step.
+A program that repeats its step may keep what it has: with no mapping and no trimming a step after the first few has no
+page faults, at the price of the holes. Without either setting glibc trims the end of its heap in every step.
+That is so in the main thread; the heaps of other threads are of 64 MiB each, and an empty one goes back in any case.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ DEFAULT_THRESHOLD_BYTES = MIB
 MAX_THRESHOLD_BYTES = 32 * MIB  # HEAP_MAX_SIZE / 2 on 64-bit systems
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h
 _MAPPINGS = 65536  # DEFAULT_MMAP_MAX
-_NEVER = 2**31 - 1  # largest int: bytes free at the end of the heap
+_NEVER = -1  # to trim, mallopt(3)
 KEPT_BLOCKS = 4  # free blocks below the threshold that may stay at the top of the heap
 
 
@@ -39,7 +40,8 @@ def release_free_memory() -> bool:
 def return_large_blocks(threshold_bytes: int = DEFAULT_THRESHOLD_BYTES) -> bool:
     """From now on, a block of ``threshold_bytes`` or more goes back to the kernel when it is freed.
 
-    Holds for the whole process, until :func:`keep_freed_blocks`. False where the C library is not glibc.
+    Unless it fits a hole that the heap has already: call it before anything large is freed. Holds for the whole
+    process, until :func:`keep_freed_blocks`. False where the C library is not glibc.
 
     Raises:
         UsageError: the threshold is below 4 KiB or above 32 MiB, which glibc refuses.
@@ -53,6 +55,7 @@ def return_large_blocks(threshold_bytes: int = DEFAULT_THRESHOLD_BYTES) -> bool:
     libc = _glibc()
     if libc is None:
         return False
+    _Setting.keeps = False
     libc.mallopt(_M_MMAP_MAX, _MAPPINGS)
     libc.mallopt(_M_TRIM_THRESHOLD, KEPT_BLOCKS * threshold_bytes)
     return bool(libc.mallopt(_M_MMAP_THRESHOLD, threshold_bytes))
@@ -66,8 +69,14 @@ def keep_freed_blocks() -> bool:
     libc = _glibc()
     if libc is None:
         return False
+    _Setting.keeps = True
     libc.mallopt(_M_TRIM_THRESHOLD, _NEVER)
     return bool(libc.mallopt(_M_MMAP_MAX, 0))
+
+
+def keeps_freed_blocks() -> bool:
+    """Whether :func:`keep_freed_blocks` holds."""
+    return _Setting.keeps
 
 
 def allocated_bytes() -> int | None:
@@ -78,6 +87,12 @@ def allocated_bytes() -> int | None:
     function.restype = _Mallinfo2
     found = function()
     return int(found.uordblks + found.hblkhd)
+
+
+class _Setting:
+    """What this process was set to last: glibc does not tell."""
+
+    keeps = False
 
 
 class _Mallinfo2(ctypes.Structure):

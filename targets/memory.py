@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 OUT_OF_MEMORY_TEXTS = (
     "can't allocate memory",  # torch's CPU allocator, POSIX
     "not enough memory: you tried to allocate",  # the same, Windows
+    "posix_memalign failed",  # libraries under torch
     "std::bad_alloc",  # C++ under torch or ONNX Runtime
     "CUDA out of memory",
     "CUDA error: out of memory",

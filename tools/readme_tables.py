@@ -159,22 +159,47 @@ def planner() -> str:
         "| network | budget | plan: peak | of keep-all time | torch's fastest that fits | plan / torch |",
         "|---|---|---|---|---|---|",
     ]
-    for row in document["rows"]:
+    rows = document["rows"]
+    for row in rows:
         head = f"| {row['network']}, batch {row['batch']} | {row['budget']:.0%}, {row['budget_bytes'] / 2**20:.0f} MiB"
         peer = "none" if row["peer"] is None else row["peer"]
         if "infeasible" in row:
             lines.append(f"{head} | none fits | | {peer} | |")
             continue
         ratio = "" if row["over_peer"] is None else f"{row['over_peer']:.2f}"
+        if row.get("eager_peer") not in (None, row["peer"]):
+            peer += f"; without a compiler {row['eager_peer']}"
+            ratio += f"; {row['over_eager_peer']:.2f}"
         peak = f"{row['peak_bytes'] / 2**20:.0f} MiB"
         lines.append(f"{head} | {peak} | {row['over_keep_all']:.2f} | {peer} | {ratio} |")
     earlier: dict[str, list[str]] = {}
-    for row in document["rows"]:
+    for row in rows:
         commit = row.get("commit", document["versions"]["edgetrain"])
         if commit != document["versions"]["edgetrain"] and row["network"] not in earlier.setdefault(commit, []):
             earlier[commit].append(row["network"])
     others = "".join(f"; {', '.join(names)}: commit {commit}" for commit, names in earlier.items())
     return "\n".join([*lines, "", provenance(document) + others])
+
+
+def heap() -> str:
+    """What page faults cost."""
+    document = load("heap_time_cpu.json")
+    if document is None:
+        return "Not measured yet."
+    lines = [
+        "| network | step with `kept` | glibc's default / kept | `returned` / kept | faults: default, returned, kept "
+        "| resident: default, returned, kept |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in document["rows"]:
+        name = f"{row['network']}, batch {row['batch']}{', channels last' if row['channels_last'] else ''}"
+        faults = ", ".join(f"{row[f'{way}_faults']:.0f}" for way in ("default", "returned", "kept"))
+        held = ", ".join(f"{row[f'{way}_resident_bytes'] / 2**20:.0f}" for way in ("default", "returned", "kept"))
+        lines.append(
+            f"| {name} | {1e3 * row['kept_s']:.0f} ms | {row['default_over_kept']:.2f} | "
+            f"{row['returned_over_kept']:.2f} | {faults} | {held} MiB |"
+        )
+    return "\n".join([*lines, "", provenance(document)])
 
 
 def monet() -> str:
@@ -404,6 +429,7 @@ TABLES = {
     "peers": peers,
     "parity": parity,
     "planner": planner,
+    "heap": heap,
     "monet": monet,
     "engines": engines,
     "dirac": dirac,

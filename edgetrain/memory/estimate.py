@@ -3,9 +3,9 @@
 The step is traced (:mod:`edgetrain.memory.step`), its allocations are replayed by the device's allocator, and what
 libraries take besides is added from the device's profile, each by its name.
 
-On a CPU the process counts: glibc as edgetrain sets it up under a budget (blocks of 1 MiB and more go back to the
-kernel when they are freed), and memory that libraries take once. ``tools/prediction_error.py`` compares it with
-measurements; without that setting a process grows more, see :mod:`edgetrain.memory.glibc_heap`.
+On a CPU the process counts: glibc as :func:`edgetrain.targets.return_large_blocks` sets it up (blocks of 1 MiB and more
+go back to the kernel when they are freed), and memory that libraries take once. ``tools/prediction_error.py`` compares
+it with measurements; without that setting a process grows more, see :mod:`edgetrain.memory.glibc_heap`.
 """
 
 from __future__ import annotations
@@ -311,7 +311,7 @@ def from_trace(
             trim_threshold_bytes=KEPT_BLOCKS * DEFAULT_THRESHOLD_BYTES,
         )
         reserved = line.peak_bytes
-        lines.append(Line("heap", process - line.peak_bytes, "holes and pages, glibc as edgetrain sets it"))
+        lines.append(Line("heap", process - line.peak_bytes, "holes and pages, large blocks returned"))
         lines.append(Line("libraries", _library_bytes(trace), "kernels and buffers, measured on x86-64"))
     else:
         events, workspaces = _with_workspaces(trace, line, profile)

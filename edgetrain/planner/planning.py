@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,15 +23,13 @@ from torch import nn
 from edgetrain.chain import Mode, chain_of
 from edgetrain.chain.noise import BFLOAT16_NSR, Noise
 from edgetrain.errors import UsageError
-from edgetrain.memory import Costs, Guest, measure_costs
+from edgetrain.memory import Costs, Guest
 from edgetrain.memory.estimate import DTYPES, Precision, from_trace
-from edgetrain.memory.measured_times import measured_times
-from edgetrain.memory.predicted_times import predicted_times
 from edgetrain.memory.rates import OperatorRates
 from edgetrain.memory.step import Loss, OptimizerFactory, classification_loss, optimizer_factory, trace_step
 from edgetrain.memory.times import Times
 from edgetrain.nn import Invertible
-from edgetrain.nn.layouts import check_channels_last, corrupting_convolution
+from edgetrain.planner.measures import Asked, Measures
 from edgetrain.planner.place import Place
 from edgetrain.planner.plans import Alternative, Costed, Plan
 from edgetrain.planner.reasons import explain, modes_of, rounded_in
@@ -40,7 +37,7 @@ from edgetrain.planner.samples import micro_batch_counts, probed_noise, reach_of
 from edgetrain.planner.search import CLOCK_ERROR, Candidate, Search, at_micro_batches, pareto
 from edgetrain.planner.shortage import shortage
 from edgetrain.runtime import Program, wrap
-from edgetrain.runtime.program import INVERSIONS, Inversion
+from edgetrain.runtime.program import Inversion
 from edgetrain.units import format_mib, parse_size
 
 if TYPE_CHECKING:
@@ -52,7 +49,6 @@ StoredPrecision = Literal["bf16"]
 SNR_LIMIT = 1e4
 """Signal over noise (a ratio of powers) below which no activation may fall."""
 
-_LOG = logging.getLogger(__name__)
 _ROUNDS = 12
 _NOBODY = Guest()
 
@@ -170,7 +166,7 @@ class Planner:
         _check_stored(stored_precision, precision, snr_limit)
         self.model, self.input_shape, self.batch_size = model, input_shape, batch_size
         self.place, self.precision, self.updates_in_backward = Place.of(device), precision, update_in_backward
-        self._optimizer, self._loss, self._times = optimizer, loss, times
+        self._optimizer, self._loss = optimizer, loss
         self._chain = chain_of(model)
         self.shapes(input_shape)  # names the block that does not take its input
         self._blocks = self._chain.blocks
@@ -208,7 +204,6 @@ class Planner:
             "guest": guest,
             "group": group,
         }
-        self._any_times: Times | None = None
         self._noise = None if noise is None else noise.in_dtype(DTYPES[precision])
         self._reach = self._rounded_reach = None
         self._too_noisy: Sequence[Mapping[Mode, float]] | None = None
@@ -217,17 +212,19 @@ class Planner:
             self._rounded_reach = reach_of(self._noise, snr_limit, output_nsr=BFLOAT16_NSR)
             self._too_noisy = [_with_selective(ways) for ways in self._noise.forbidden(snr_limit)]
         self._stored = stored_precision
-        if channels_last:
-            check_channels_last(model)
-        if isinstance(times, Times) and channels_last not in (None, times.channels_last):
-            raise UsageError(
-                found=f"channels_last={channels_last!r} and times that were measured otherwise",
-                expected="times of the layout that is asked for",
-                action="pass them to measured_times too, or leave one out",
-            )
-        self._channels_last, self._may_choose = channels_last, not math.isinf(snr_limit)
-        self._costs: dict[tuple[int, bool], Costs] = {}
-        self._measured: dict[tuple[int, bool], Times] = {}
+        asked = Asked(
+            model,
+            input_shape,
+            self.place,
+            precision,
+            optimizer,
+            loss,
+            channels_last,
+            not math.isinf(snr_limit),
+            times,
+            guest,
+        )
+        self._measures = Measures(asked, batch_size // self._counts[0])
         self._searches: dict[tuple[int, bool], tuple[Search, Times]] = {}
 
     def plan(self, budget: str | int | None = None) -> Plan:
@@ -246,7 +243,7 @@ class Planner:
         """As :meth:`plan`, but None where nothing fits."""
         limit = self.limit_bytes(budget)
         best: Found | None = None
-        for count, channels_last in itertools.product(self._counts, self._layouts):
+        for count, channels_last in itertools.product(self._counts, self._measures.layouts):
             if best is not None and (best.is_unhindered or (self._few and count != best.count)):
                 break  # further parts would change the statistics more, or cost only time
             found = self._fastest(count, limit, channels_last)
@@ -290,7 +287,7 @@ class Planner:
     def front(self, micro_batches: int = 1) -> tuple[Candidate, ...]:
         """Steps that nothing beats in both peak and time, leanest first."""
         samples = self.batch_size // micro_batches
-        found = [self._search(samples, last)[0].front() for last in self._layouts]
+        found = [self._search(samples, last)[0].front() for last in self._measures.layouts]
         if len(found) == 1:
             return tuple(self._whole(candidate, micro_batches) for candidate in found[0])
         return pareto(self._whole(candidate, micro_batches) for front in found for candidate in front)
@@ -319,7 +316,7 @@ class Planner:
         if model is not None:
             changes["noise"] = None  # its blocks may be others
         other = Planner(self.model if model is None else model, **{**self.arguments, **changes})
-        other._any_times = next((times for _, times in self._searches.values()), self._any_times)
+        other._measures.take_seconds_of(self._measures)
         return other
 
     def shapes(self, input_shape: tuple[int, int, int]) -> tuple[tuple[int, ...], ...]:
@@ -337,63 +334,15 @@ class Planner:
 
     def _leanest(self, count: int) -> list[Candidate]:
         """The leanest step of one of ``count`` micro-batches, in each layout."""
-        return [self._search(self.batch_size // count, last)[0].least() for last in self._layouts]
-
-    @functools.cached_property
-    def _layouts(self) -> tuple[bool, ...]:
-        """Whether channels come last, by preference: last, where that is measurably faster, or first."""
-        if self._channels_last == "either":
-            return (True, False)
-        if self._channels_last is not None:
-            return (self._channels_last,)
-        if isinstance(self._times, Times):
-            return (self._times.channels_last,)
-        timed = self._times is None and self._any_times is None and self.place.profile is None
-        if not (timed and self._may_choose and self.place.kind == "cpu" and self._takes_images):
-            return (False,)
-        samples = self.batch_size // self._counts[0]
-        if self.costs(samples).draws_by_layout:
-            return (False,)  # dropout would drop other elements
-        first = self._times_of(samples, False)
-        try:
-            last = self._times_of(samples, True)
-            self.costs(samples, True)
-        except Exception as error:  # such as a view that takes channels first; the model runs as it is
-            _LOG.info("channels stay first: with channels last the model fails (%s)", error)
-            self._measured.pop((samples, True), None)
-            return (False,)
-        if (first.step_ratio is None) != (last.step_ratio is None):  # a whole step was timed in one layout alone
-            first, last = first.alone(), last.alone()
-            self._measured |= {(samples, False): first, (samples, True): last}
-        return (True, False) if last.keep_all_seconds < (1 - CLOCK_ERROR) * first.keep_all_seconds else (False,)
-
-    @property
-    def _takes_images(self) -> bool:
-        """Whether there are convolutions, all of which run with channels last."""
-        if len(self.input_shape) != 3 or self.input_shape[0] == 1:
-            return False  # of a single channel it is both first and last
-        return _convolves(self.model) and corrupting_convolution(self.model) is None
+        return [self._search(self.batch_size // count, last)[0].least() for last in self._measures.layouts]
 
     def costs(self, samples: int, channels_last: bool = False) -> Costs:
         """Bytes of every instruction on a batch of ``samples``; what a guest holds is among the weights."""
-        key = samples, channels_last
-        if key not in self._costs:
-            own = measure_costs(
-                self.model,
-                input_shape=self.input_shape,
-                batch_size=samples,
-                dtype=DTYPES[self.precision],
-                optimizer=self._optimizer,
-                loss=self._loss,
-                device=self.place.kind,
-                channels_last=channels_last,
-            )
-            self._costs[key] = replace(own, weight_bytes=own.weight_bytes + self._guest.standing_bytes)
-        return self._costs[key]
+        return self._measures.costs(samples, channels_last)
 
     def times_of(self, plan: Plan) -> Times:
         """Seconds of every instruction, from which those of ``plan`` follow."""
-        return self._times_of(plan.program.shapes[0][0], plan.program.channels_last)
+        return self._measures.times(plan.program.shapes[0][0], plan.program.channels_last)
 
     def _search_for(self, candidate: Candidate) -> tuple[Search, Times]:
         """Where ``candidate`` was found."""
@@ -402,16 +351,11 @@ class Planner:
     def _search(self, samples: int, channels_last: bool) -> tuple[Search, Times]:
         key = samples, channels_last
         if key not in self._searches:
-            times = self._times_of(samples, channels_last)
+            times = self._measures.times(samples, channels_last)
             forbidden: Sequence[Collection[Mode]] | None = self._too_noisy
-            if channels_last:
-                costs = self.costs(samples, channels_last).blocks
-                planes: tuple[Mode, ...] = (*INVERSIONS, "selective")
-                noisy = forbidden or [()] * len(costs)
-                forbidden = [
-                    modes if cost.inverts_in_layout else (*modes, *planes)
-                    for cost, modes in zip(costs, noisy, strict=True)
-                ]
+            if (turning := self._measures.forbidden(samples, channels_last)) is not None:
+                noisy = forbidden or [()] * len(turning)
+                forbidden = [(*modes, *others) for modes, others in zip(noisy, turning, strict=True)]
             search = Search(
                 self._blocks,
                 self.costs(samples, channels_last),
@@ -426,32 +370,6 @@ class Planner:
             self._searches[key] = search, times
         return self._searches[key]
 
-    def _times_of(self, samples: int, channels_last: bool) -> Times:
-        rates = self._times if isinstance(self._times, OperatorRates) else self.place.profile
-        if isinstance(self._times, Times) and self._times.shapes == self._chain.shapes((samples, *self.input_shape)):
-            return self._times
-        if rates is not None:
-            return predicted_times(self.costs(samples, channels_last), rates, self.precision)
-        if self._any_times is not None:
-            costs = self.costs(samples, channels_last)
-            blocks = self._any_times.blocks[-len(costs.blocks) :]
-            return replace(self._any_times, shapes=costs.shapes, blocks=blocks, channels_last=channels_last)
-        key = samples, channels_last
-        if key not in self._measured:
-            # of parts of the batch as of the whole: what is compared is scaled alike
-            known = next((times for (_, last), times in self._measured.items() if last == channels_last), None)
-            self._measured[key] = measured_times(
-                self.model,
-                input_shape=self.input_shape,
-                batch_size=samples,
-                optimizer=self._optimizer,
-                dtype=DTYPES[self.precision],
-                loss=self._loss,
-                channels_last=channels_last,
-                step_ratio=None if known is None else known.step_ratio or 1.0,
-            )
-        return self._measured[key]
-
     def _whole(self, candidate: Candidate, count: int) -> Candidate:
         """``candidate`` as one of ``count`` micro-batches."""
         after = sum(block.update for block in self._search_for(candidate)[1].blocks)
@@ -462,7 +380,7 @@ class Planner:
         """Most bytes before the step, or one of ``count`` micro-batches, when the guest is busy; 0 without one."""
         if not self._guest.before_bytes:
             return 0
-        costs = self.costs(self.batch_size // count, self._layouts[0])
+        costs = self.costs(self.batch_size // count, self._measures.layouts[0])
         batch_bytes = math.prod(costs.shapes[0]) * costs.element_bytes[0]
         resident = costs.weight_bytes + costs.optimizer_bytes + batch_bytes
         return resident + self.standing_bytes(count) + self._guest.before_bytes
@@ -471,7 +389,7 @@ class Planner:
         """What stays from one of ``count`` micro-batches to the next: gradients, and the rest of the batch."""
         if count == 1:
             return 0
-        costs = self.costs(self.batch_size // count, self._layouts[0])
+        costs = self.costs(self.batch_size // count, self._measures.layouts[0])
         return costs.gradient_bytes + (count - 1) * math.prod(costs.shapes[0]) * costs.element_bytes[0]
 
     def _fastest(self, count: int, budget_bytes: int | None, channels_last: bool) -> Found | None:
@@ -529,9 +447,10 @@ class Planner:
     def _other_layout(self, best: Found) -> list[Alternative]:
         """What keeping everything takes in the layout that was not chosen, where both were timed."""
         other = not best.candidate.program.channels_last
-        if (best.samples, other) not in self._measured:
+        found = [self._measures.timed(best.samples, last) for last in (other, not other)]
+        if found[0] is None or found[1] is None:
             return []
-        seconds = [self._times_of(best.samples, last).keep_all_seconds for last in (other, not other)]
+        seconds = [times.keep_all_seconds for times in found if times is not None]
         reason = f"{seconds[0] / seconds[1] - 1:+.1%} time of keeping everything"
         return [Alternative("channels last" if other else "channels first", reason)]
 
@@ -542,10 +461,6 @@ def _with_selective(too_noisy: Mapping[Inversion, float]) -> dict[Mode, float]:
     if "invert_layerwise" in too_noisy:
         found["selective"] = too_noisy["invert_layerwise"]
     return found
-
-
-def _convolves(module: nn.Module) -> bool:
-    return any(isinstance(layer, nn.Conv2d) for layer in module.modules())
 
 
 def _check_stored(stored: str | None, precision: str, snr_limit: float) -> None:

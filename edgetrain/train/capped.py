@@ -23,7 +23,14 @@ from edgetrain.errors import BudgetError
 from edgetrain.memory import Guest
 from edgetrain.nn.slices import SLICE_BYTES
 from edgetrain.planner import SNR_LIMIT, Plan, UniformMode, uniform_plan
-from edgetrain.targets import Target, return_large_blocks, select_target
+from edgetrain.targets import (
+    Target,
+    keep_freed_blocks,
+    keeps_freed_blocks,
+    release_free_memory,
+    return_large_blocks,
+    select_target,
+)
 from edgetrain.targets.pressure import PressureGauge
 from edgetrain.train.advice import CHANGES, Change
 from edgetrain.train.callbacks import Callback
@@ -143,14 +150,17 @@ def train_capped(
         changes=changes,
     )
     if budget_bytes is not None:
-        # blocks larger than a slice go back to the kernel when they are freed: no holes that count and serve nobody
+        # blocks larger than a slice go back to the kernel when they are freed: no holes that count and serve nobody,
+        # unless the run turns out to have room for them
         return_large_blocks(2 * SLICE_BYTES)
     warm_up(device)
     with _capped(target, budget_bytes):
         pass  # a host that cannot do it says so before plans are made
     plans: list[Plan] = []
+    keeps_freed = budget_bytes is None and device == "cpu"
     if budget_bytes is not None or mode is None or snr_limit != SNR_LIMIT:
-        plans = prepared(question)
+        made = prepared(question)
+        plans, keeps_freed = made.plans, keeps_freed or made.keeps_freed
     guard = None
     if plans:
         smaller = plans[1:]
@@ -190,8 +200,10 @@ def train_capped(
             trainer.checkpoint,
         )
 
+    if keeps_freed:
+        keep_freed_blocks()
     target.start()
-    with _capped(target, budget_bytes), watch(target) as callbacks:
+    with _returning(), _capped(target, budget_bytes), watch(target) as callbacks:
         try:
             return run(callbacks)
         except Exception as error:
@@ -207,6 +219,17 @@ def train_capped(
         expected=f"a step of {recipe.batch_size} samples of {'x'.join(map(str, input_shape))} {words} to fit",
         action=would_fit(question, plans[-1]),
     )
+
+
+@contextlib.contextmanager
+def _returning() -> Iterator[None]:
+    """Afterwards nothing is kept that a run has freed."""
+    try:
+        yield
+    finally:
+        if keeps_freed_blocks():
+            return_large_blocks(2 * SLICE_BYTES)
+            release_free_memory()
 
 
 def _seed(seed: int) -> None:

@@ -8,6 +8,7 @@ is taken between two steps, before anything fails (:mod:`edgetrain.targets.press
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -16,15 +17,24 @@ from torch import nn
 
 from edgetrain.errors import BudgetError
 from edgetrain.memory.step import OptimizerFactory
+from edgetrain.nn.slices import SLICE_BYTES
 from edgetrain.planner import Plan
 from edgetrain.planner.smaller import planner_like, smaller_plans
-from edgetrain.targets import Target, release_free_memory, select_target
+from edgetrain.targets import (
+    Target,
+    keeps_freed_blocks,
+    release_free_memory,
+    return_large_blocks,
+    select_target,
+)
 from edgetrain.targets.cpu import CAPPED_TEXTS
 from edgetrain.targets.pressure import PressureGauge
 from edgetrain.train.objectives import Objective, group_of, rehearsal_of
 from edgetrain.train.records import MemoryEvent, MemoryKind, Position
 from edgetrain.train.spare_threads import SpareThreads
 from edgetrain.units import format_mib
+
+_LOG = logging.getLogger(__name__)
 
 SmallerPlans = Callable[[Plan], Iterable[Plan]]
 
@@ -127,15 +137,22 @@ class Guard:
         self._tried += found is not None
         return found
 
+    def return_freed(self) -> None:
+        """Gives back what the heap has free, and from now on large blocks when they are freed, where it kept them."""
+        if keeps_freed_blocks():
+            _LOG.info("what is freed goes back to the system from now on")
+            return_large_blocks(2 * SLICE_BYTES)
+        release_free_memory()  # of the host, whatever the target is
+
     def make_room(self) -> None:
         """Gives back what a failed step leaves: cycles of its frames, free heap, the allocator's cache.
 
-        And leaves a thread in which oneDNN has failed.
+        And leaves a thread in which oneDNN has failed, and a heap that keeps what is freed.
         """
         if self._thread_failed:
             self.threads.change()
         gc.collect()
-        release_free_memory()  # of the host, whatever the target is
+        self.return_freed()
         self._target.release_cache()
 
 

@@ -3,6 +3,9 @@
 The planner counts what torch's allocator hands out. A process takes more: code that libraries generate, holes in its
 heap, batches that are being decoded. So the plan is made for a part of the budget, run for two steps in a process of
 its own under the cap (:mod:`edgetrain.train.trial`), and made for less until that goes well.
+
+A heap that keeps what is freed spares a step its page faults, and has holes (:mod:`edgetrain.targets.glibc`). So it is
+tried first, also with somewhat smaller plans: recomputing a little more costs less than the faults.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +28,15 @@ from edgetrain.planner.smaller import planner_like, smaller_plans
 from edgetrain.train.advice import lean_mode
 from edgetrain.train.objectives import Objective, group_of, rehearsal_of
 from edgetrain.train.recipe import Recipe
+from edgetrain.train.trial import capped_bytes
 from edgetrain.units import KIB, MIB, format_mib
 
 _LOG = logging.getLogger(__name__)
 
 _LIBRARY_BYTES, _KERNEL_BYTES = 8 * MIB, 200 * KIB
 _SHARE, _SMALLER = 0.95, 0.92
+# steps took 1.2 to 2.7 times as long with page faults: tools/heap_time.py
+_KEPT_SHARES, _FAULTS = (1.0, 0.85, 0.7), 1.2
 _NOBODY = Guest()
 
 
@@ -40,10 +47,18 @@ class Made:
     Attributes:
         plans: the one to begin with and smaller ones to fall back on; empty where none of them runs.
         leanest: what the least budget is found with.
+        keeps_freed: whether the first of them ran in a heap that keeps what is freed.
     """
 
     plans: list[Plan]
     leanest: list[UniformMode | Plan]
+    keeps_freed: bool = False
+
+
+class Runs(Protocol):
+    """Whether a plan's run stays inside the budget, in a heap that returns what is freed or in one that keeps it."""
+
+    def __call__(self, plan: Plan, *, keeps_freed: bool = False) -> bool: ...
 
 
 def planned(
@@ -52,7 +67,7 @@ def planned(
     input_shape: tuple[int, int, int],
     recipe: Recipe,
     budget_bytes: int | None,
-    runs: Callable[[Plan], bool],
+    runs: Runs,
     device: str = "cpu",
     sample: Tensor | None = None,
     update_in_backward: bool = False,
@@ -96,14 +111,19 @@ def planned(
     aside = _LIBRARY_BYTES + 2 * _KERNEL_BYTES * len(kinds) + 2 * batch_bytes  # the next batch, and its images
     least_bytes = planner.least().peak_bytes
     target = max(int(_SHARE * budget_bytes) - aside, least_bytes)
+    plan = planner.plan(target)
+    if device == "cpu":
+        kept_bytes = capped_bytes(budget_bytes, keeps_freed=True) - aside
+        kept = _in_kept_heap(planner, kept_bytes, least_bytes, _FAULTS * plan.step_seconds, runs)
+        if kept is not None:
+            return Made([kept, *smaller_plans(planner, kept)], [], keeps_freed=True)
     while True:
-        plan = planner.plan(target)
         _LOG.info("trying a plan of %s in a process of %s", format_mib(plan.peak_bytes), format_mib(budget_bytes))
         if runs(plan):
             return Made([plan, *smaller_plans(planner, plan)], [])
         if plan.peak_bytes <= least_bytes:
             break
-        target = max(least_bytes, int(_SMALLER * plan.peak_bytes))
+        plan = planner.plan(max(least_bytes, int(_SMALLER * plan.peak_bytes)))
     lean = uniform_plan(
         model,
         lean_mode(snr_limit),
@@ -116,18 +136,33 @@ def planned(
     return Made([], [plan, lean])
 
 
+def _in_kept_heap(planner: Planner, most_bytes: int, least_bytes: int, most_seconds: float, runs: Runs) -> Plan | None:
+    """The largest of some plans that runs in a heap that keeps what is freed; None: none that is fast enough does."""
+    for share in _KEPT_SHARES:
+        target = int(share * most_bytes)
+        if target < least_bytes:
+            return None
+        plan = planner.plan(target)
+        if plan.step_seconds > most_seconds:
+            return None
+        _LOG.info("trying a plan of %s in a heap that keeps what is freed", format_mib(plan.peak_bytes))
+        if runs(plan, keeps_freed=True):
+            return plan
+    return None
+
+
 def given(
     make_model: Callable[[], nn.Module],
     how: UniformMode | Plan,
     *,
     input_shape: tuple[int, int, int],
     recipe: Recipe,
-    runs: Callable[[Plan], bool],
+    runs: Runs,
     device: str = "cpu",
     snr_limit: float = SNR_LIMIT,
     objective: Objective | None = None,
 ) -> Made:
-    """The plan that was asked for, also where it does not run, and smaller ones, of which the last does.
+    """The plan that was asked for, also where it does not run, and smaller ones, of which the first or the last does.
 
     Args:
         how: the plan, or the mode of all blocks.
@@ -143,6 +178,8 @@ def given(
     with contextlib.suppress(ModelError):  # no shapes without values in its forward: no plan but those that are given
         planner = planner_like(model, plan, optimizer=optimizer, loss=loss, group=group, snr_limit=snr_limit)
         plans += smaller_plans(planner, plan)
+    if device == "cpu" and runs(plan, keeps_freed=True):
+        return Made(plans, [], keeps_freed=True)
     if runs(plans[-1]):
         return Made(plans, [])
     lean = uniform_plan(

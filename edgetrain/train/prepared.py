@@ -50,7 +50,7 @@ class Question:
         snr_limit: least ratio of signal to noise of what a plan that is made inverts.
         objective: None: cross-entropy.
         guest: what it has in memory beside a step.
-        has_run: whether the plan ran before, inside this cap: then it is not tried.
+        has_run: whether the plan ran before, inside this cap: then only the heap for it is found out.
         changes: what a refusal may advise.
     """
 
@@ -70,7 +70,15 @@ class Question:
     has_run: bool = False
     changes: Collection[Change] = CHANGES
 
-    def runs(self, plan: UniformMode | Plan, helper: Helper, *, budget_bytes: int, batch_size: int) -> bool:
+    def runs(
+        self,
+        plan: UniformMode | Plan,
+        helper: Helper,
+        *,
+        budget_bytes: int,
+        batch_size: int,
+        keeps_freed: bool = False,
+    ) -> bool:
         """Whether ``plan`` runs in ``budget_bytes``, what decoding takes left out, and the host has so much."""
         trial = Trial(
             self.make_model,
@@ -80,21 +88,22 @@ class Question:
             max(1, budget_bytes - self.decoding_bytes),
             self.device,
             self.objective,
+            keeps_freed,
         )
         return budget_bytes <= self.available_bytes and fits(trial, helper)
 
 
-def prepared(question: Question) -> list[Plan]:
-    """The plan to begin with, and smaller ones to fall back on.
+def prepared(question: Question) -> Made:
+    """The plan to begin with, smaller ones to fall back on, and the heap for it.
 
     Raises:
         BudgetError: none of them runs inside the budget; names the smallest that was found to do.
         ModelError: the network does not take the input, or not this plan.
     """
     if question.budget_bytes is None:
-        plans = _plans(question, Helper())
+        made = _made(question, Helper())
         _forget()
-        return plans
+        return made
     try:
         check_budget(question.make_model, question.budget_bytes, standing_bytes=question.guest.standing_bytes)
     except BudgetError as error:
@@ -148,10 +157,11 @@ def _forget() -> None:
     release_free_memory()
 
 
-def _plans(question: Question, helper: Helper) -> list[Plan]:
+def _plans(question: Question, helper: Helper) -> Made:
     made, budget = _made(question, helper), question.budget_bytes
-    if budget is None or made.plans:
-        return made.plans
+    if made.plans:
+        return made
+    assert budget is not None
     raise BudgetError(
         found=f"a budget of {format_mib(budget)}, within which not even the leanest plan ran in a trial",
         expected=f"a step of {question.recipe.batch_size} samples of {'x'.join(map(str, question.input_shape))} to fit",
@@ -162,10 +172,13 @@ def _plans(question: Question, helper: Helper) -> list[Plan]:
 def _made(question: Question, helper: Helper) -> Made:
     budget = question.budget_bytes
 
-    def runs(plan: Plan) -> bool:
-        if budget is None or (question.has_run and question.how is not None):
+    def runs(plan: Plan, *, keeps_freed: bool = False) -> bool:
+        if budget is None:
+            return not keeps_freed
+        if question.has_run and question.how is not None and not keeps_freed:
             return True
-        return question.runs(plan, helper, budget_bytes=budget, batch_size=question.recipe.batch_size)
+        batch_size = question.recipe.batch_size
+        return question.runs(plan, helper, budget_bytes=budget, batch_size=batch_size, keeps_freed=keeps_freed)
 
     if question.how is not None:
         return given(

@@ -292,6 +292,7 @@ class Trainer:
                 callback.on_warning(warning)
         if reason is None:
             return None
+        self._guard.return_freed()
         smaller = self._guard.next_plan(self.plan)
         if smaller is None:
             return None

@@ -22,7 +22,7 @@ from torch import nn
 from edgetrain.errors import BudgetError, TrainingError
 from edgetrain.nn.slices import SLICE_BYTES
 from edgetrain.planner import Plan, UniformMode, uniform_plan
-from edgetrain.targets import return_large_blocks, select_target
+from edgetrain.targets import keep_freed_blocks, return_large_blocks, select_target
 from edgetrain.train.data.normalise import normalised
 from edgetrain.train.data.prefetch import prefetched
 from edgetrain.train.data.source import Pixels
@@ -43,6 +43,7 @@ EVALUATION_BATCH_SIZE = 128
 
 # two runs of one program differ by some MiB: threads meet in another order, and so do holes in the heap
 _RESERVE_BYTES, _RESERVE = 4 * MIB, 0.03
+_KEPT_RESERVE = 0.1  # of a heap that keeps what is freed: its holes go on changing after two steps
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Trial:
         plan: one mode for all blocks, or a plan.
         objective: None: cross-entropy.
         input_shape: (c, h, w).
+        keeps_freed: whether its heap keeps what is freed (:func:`edgetrain.targets.keep_freed_blocks`).
     """
 
     make_model: Callable[[], nn.Module]
@@ -62,6 +64,12 @@ class Trial:
     budget_bytes: int
     device: str = "cpu"
     objective: Objective | None = None
+    keeps_freed: bool = False
+
+
+def capped_bytes(budget_bytes: int, *, keeps_freed: bool) -> int:
+    """In what a trial must run, so that a run does in ``budget_bytes``."""
+    return int(budget_bytes * (1 - (_KEPT_RESERVE if keeps_freed else _RESERVE))) - _RESERVE_BYTES
 
 
 def fits(trial: Trial, helper: Helper) -> bool:
@@ -73,13 +81,14 @@ def fits(trial: Trial, helper: Helper) -> bool:
         except HelperDiedError:
             return False
         except NoHelperError:
-            return in_fresh_thread(functools.partial(_run, trial, folder))
+            # the heap of this process serves other things
+            return not trial.keeps_freed and in_fresh_thread(functools.partial(_run, trial, folder))
 
 
 def _in_process(trial: Trial, folder: str, _: Helper) -> bool:
     return_large_blocks(2 * SLICE_BYTES)
     warm_up(trial.device)
-    return _run(trial, folder)
+    return (not trial.keeps_freed or keep_freed_blocks()) and _run(trial, folder)
 
 
 def in_fresh_thread(work: Callable[[], T]) -> T:
@@ -104,11 +113,11 @@ def in_fresh_thread(work: Callable[[], T]) -> T:
 
 def _run(trial: Trial, folder: str) -> bool:
     target = select_target(trial.device)
-    capped_bytes = int(trial.budget_bytes * (1 - _RESERVE)) - _RESERVE_BYTES
-    if capped_bytes <= 0:
+    cap_bytes = capped_bytes(trial.budget_bytes, keeps_freed=trial.keeps_freed)
+    if cap_bytes <= 0:
         return False
     try:
-        target.cap(capped_bytes)
+        target.cap(cap_bytes)
         _train(trial, folder)
         return True
     except BudgetError:  # a hard limit of the host is lower

@@ -20,7 +20,7 @@ from edgetrain.memory.times import Times
 from edgetrain.nn.layouts import memory_format, with_channels_last
 from edgetrain.nn.pooling import ChannelPool
 from edgetrain.nn.reversible import ReversibleBlock
-from edgetrain.planner import Plan, Planner, planning
+from edgetrain.planner import Plan, Planner, measures
 from edgetrain.planner.planning import Found
 from edgetrain.planner.search import Candidate
 from edgetrain.planner.smaller import planner_like
@@ -286,7 +286,7 @@ def pace(monkeypatch: pytest.MonkeyPatch) -> dict[bool, float]:
         ]
         return replace(found, blocks=tuple(scaled), channels_last=channels_last)
 
-    monkeypatch.setattr(planning, "measured_times", timed)
+    monkeypatch.setattr(measures, "measured_times", timed)
     return factors
 
 

@@ -13,7 +13,8 @@ pytestmark = pytest.mark.skipif(
 
 PRELUDE = """
 import torch
-from edgetrain.targets import release_free_memory, return_large_blocks, select_target
+from edgetrain.targets import keep_freed_blocks, keeps_freed_blocks, release_free_memory, return_large_blocks
+from edgetrain.targets import select_target
 from edgetrain.units import MIB
 torch.set_num_threads(2)
 target = select_target("cpu")
@@ -163,3 +164,42 @@ print(target.peak_bytes() / exact)
     print(f"resident / allocated: {grown:.2f} with the dynamic threshold, {fixed:.2f} with a fixed one")
     assert grown > 1.5
     assert fixed < 1.1
+
+
+def test_a_step_that_repeats_has_no_page_faults_where_freed_blocks_are_kept():
+    """Until memory is to go back: then every block is a mapping again, and what is free is gone."""
+    faults = run("""
+import resource
+
+def step():
+    blocks = [torch.ones(n * MIB // 4) for n in (3, 40, 9, 70, 1)]
+    return sum(block.nbytes for block in blocks)
+
+pins = []  # small blocks above large ones: the end of the heap is not all that is free
+
+def faults():
+    blocks = [torch.ones(n * MIB // 4) for n in (3, 40, 9, 70, 1)]
+    pins.append(torch.ones(100))
+    del blocks
+    for _ in range(5):  # an aligned block asks for more than it takes: what it leaves does not hold another one
+        step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    nbytes = step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / (nbytes / 4096)
+
+before = target.current_bytes()
+assert not keeps_freed_blocks()
+assert return_large_blocks()
+returned = faults()
+assert keep_freed_blocks()
+assert keeps_freed_blocks()
+kept, held = faults(), target.current_bytes() - before
+assert return_large_blocks()
+assert not keeps_freed_blocks()
+release_free_memory()
+print(returned, kept, held / MIB, (target.current_bytes() - before) / MIB)
+""")
+    returned, kept, held, left = map(float, faults.split())
+    assert 100 * kept < returned  # large pages make both few
+    assert held > 120
+    assert left < 20

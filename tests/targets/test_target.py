@@ -60,6 +60,7 @@ def test_the_allocator_counts_what_nobody_has_touched_yet():
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you"),
         RuntimeError("std::bad_alloc"),
+        RuntimeError("posix_memalign failed:Cannot allocate memory (12)"),
         RuntimeError("NVML_SUCCESS == r INTERNAL ASSERT FAILED at CUDACachingAllocator.cpp:1016"),
     ],
     ids=lambda error: type(error).__name__ + ":" + str(error)[:20],

@@ -61,7 +61,7 @@ def test_a_plan_is_made_with_the_optimiser_of_the_trainer(monkeypatch: pytest.Mo
     monkeypatch.setattr(planned, "Planner", planner)
     with pytest.raises(StopIteration):
         planned.planned(
-            network, input_shape=(1, 6, 6), recipe=Recipe(batch_size=4), budget_bytes=None, runs=lambda _: True
+            network, input_shape=(1, 6, 6), recipe=Recipe(batch_size=4), budget_bytes=None, runs=lambda *_, **__: True
         )
     ((model, found),) = made
     assert {name for name, decay in found.items() if decay == 0.0} == scales(model) != set()
