@@ -5,7 +5,7 @@ mmapped block raises it to the size of that block, up to 32 MiB (mallopt(3), M_M
 were freed, activations of 1 to 32 MiB come from the heap, where they leave holes that fit nothing else, and the process
 grows far beyond what torch has allocated. With a fixed threshold every larger block is a mapping of its own that
 is gone when it is freed. The price is page faults: the kernel clears every block again, which makes a training step
-take 1.2 to 2.7 times as long (``tools/heap_time.py``, docs/results/heap_time_cpu.json).
+take up to 2.4 times as long (``tools/heap_time.py``, docs/results/heap_time_cpu.json).
 
 A program that repeats its step may keep what it has: with no mapping and no trimming a step after the first few has no
 page faults, at the price of the holes. Without either setting glibc trims the end of its heap in every step.

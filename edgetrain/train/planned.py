@@ -35,7 +35,7 @@ _LOG = logging.getLogger(__name__)
 
 _LIBRARY_BYTES, _KERNEL_BYTES = 8 * MIB, 200 * KIB
 _SHARE, _SMALLER = 0.95, 0.92
-# steps took 1.2 to 2.7 times as long with page faults: tools/heap_time.py
+# with page faults steps took 1.25 to 2.4 times as long, but for one of 16: tools/heap_time.py
 _KEPT_SHARES, _FAULTS = (1.0, 0.85, 0.7), 1.2
 _NOBODY = Guest()
 
