@@ -7,7 +7,8 @@ over the time of plain autograd with channels first or last, whichever is faster
 machine on as many samples as are quick, and continued to the batch.
 
 A step of that batch takes 14 GB: what is measured is a small batch, planned to keep the same part of what grows with
-the batch, against keeping everything, in rounds in which each plan runs one step. UNet is left out, no library that is
+the batch, against keeping everything, in rounds in which each plan runs one step, in a heap that keeps what is freed, as
+edgetrain's own runs do (:func:`edgetrain.targets.keep_freed_blocks`). UNet is left out, no library that is
 used here has one; GoogLeNet is our own (tools/googlenet.py).
 
     python tools/monet_table.py
@@ -41,6 +42,7 @@ from edgetrain.memory.times import Times
 from edgetrain.nn.layouts import with_channels_last
 from edgetrain.planner import Plan, Planner
 from edgetrain.planner.search import Candidate
+from edgetrain.targets import keep_freed_blocks
 
 INPUT = (3, 224, 224)
 
@@ -89,6 +91,7 @@ TABLE = (
 
 def rows_of(network: Published, *, seconds: float, rounds: int) -> list[dict[str, Any]]:
     """A row per published budget."""
+    keep_freed_blocks()
     model = network.make()
     planners, keep_all = _planners(model, network.batch, seconds)
     rows: list[dict[str, Any]] = []
