@@ -61,12 +61,12 @@ def tried(fits: int, seconds: Callable[[int], float], most: int = 100) -> tuple[
 
 
 def test_somewhat_smaller_plans_are_tried_too_but_not_at_any_price() -> None:
-    assert tried(100, lambda _: 1.0) == (100, [100])
-    assert tried(90, lambda _: 1.0) == (85, [100, 85])
-    assert tried(80, lambda _: 1.0) == (70, [100, 85, 70])
-    assert tried(60, lambda _: 1.0) == (None, [100, 85, 70])
-    assert tried(80, lambda n: 1.0 if n > 80 else 1.3) == (None, [100, 85])
-    assert tried(40, lambda _: 1.0, most=55) == (None, [55])
+    assert tried(100, lambda _: 1.0) == (90, [90])
+    assert tried(85, lambda _: 1.0) == (80, [90, 80])
+    assert tried(75, lambda _: 1.0) == (70, [90, 80, 70])
+    assert tried(60, lambda _: 1.0) == (None, [90, 80, 70])
+    assert tried(75, lambda n: 1.0 if n > 75 else 1.3) == (None, [90, 80])
+    assert tried(40, lambda _: 1.0, most=60) == (None, [54])
 
 
 @pytest.fixture
