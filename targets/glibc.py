@@ -8,7 +8,7 @@ is gone when it is freed. The price is page faults: the kernel clears every bloc
 take up to 2.4 times as long (``tools/heap_time.py``, docs/results/heap_time_cpu.json).
 
 A program that repeats its step may keep what it has: with no mapping and no trimming a step after the first few has no
-page faults, at the price of the holes. Without either setting glibc trims the end of its heap in every step.
+page faults, at the price of the holes. Without either setting glibc trims the end of its heap again and again.
 That is so in the main thread; the heaps of other threads are of 64 MiB each, and an empty one goes back in any case.
 """
 

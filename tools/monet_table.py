@@ -8,8 +8,8 @@ machine on as many samples as are quick, and continued to the batch.
 
 A step of that batch takes 14 GB: what is measured is a small batch, planned to keep the same part of what grows with
 the batch, against keeping everything, in rounds in which each plan runs one step, in a heap that keeps what is freed,
-as edgetrain's own runs do (:func:`edgetrain.targets.keep_freed_blocks`). UNet is left out, no library that is used here
-has one; GoogLeNet is our own (tools/googlenet.py).
+as edgetrain's own runs do where a cap has room (:func:`edgetrain.targets.keep_freed_blocks`). UNet
+is left out, no library that is used here has one; GoogLeNet is our own (tools/googlenet.py).
 
     python tools/monet_table.py
     python tools/monet_table.py --networks resnet50 --rounds 3

@@ -7,7 +7,8 @@ time in rounds in which every contestant runs two steps, of which the second is 
 torch.utils.checkpoint with every number of segments, each with its batch given channels first and channels last;
 torch.compile with activation_memory_budget where --compile asks for it. At each budget the fastest contestant whose
 measured peak fits is the peer; the fastest without a compiler is named as well. All run in one process whose heap keeps
-what is freed, as edgetrain's own runs do (:func:`edgetrain.targets.keep_freed_blocks`): peers gain from it too.
+what is freed, as edgetrain's own runs do where a cap has room (:func:`edgetrain.targets.keep_freed_blocks`): peers
+gain from it too.
 
     python tools/planner_bench.py
     python tools/planner_bench.py --networks hybrid18 resnet56 --rounds 7

@@ -23,18 +23,11 @@ from edgetrain.errors import BudgetError
 from edgetrain.memory import Guest
 from edgetrain.nn.slices import SLICE_BYTES
 from edgetrain.planner import SNR_LIMIT, Plan, UniformMode, uniform_plan
-from edgetrain.targets import (
-    Target,
-    keep_freed_blocks,
-    keeps_freed_blocks,
-    release_free_memory,
-    return_large_blocks,
-    select_target,
-)
+from edgetrain.targets import Target, keep_freed_blocks, return_large_blocks, select_target
 from edgetrain.targets.pressure import PressureGauge
 from edgetrain.train.advice import CHANGES, Change
 from edgetrain.train.callbacks import Callback
-from edgetrain.train.guard import ExhaustedError, Guard, first_line
+from edgetrain.train.guard import ExhaustedError, Guard, first_line, return_freed
 from edgetrain.train.objectives import Objective
 from edgetrain.train.passes import Batches
 from edgetrain.train.prepared import Question, prepared, would_fit
@@ -227,9 +220,7 @@ def _returning() -> Iterator[None]:
     try:
         yield
     finally:
-        if keeps_freed_blocks():
-            return_large_blocks(2 * SLICE_BYTES)
-            release_free_memory()
+        return_freed()
 
 
 def _seed(seed: int) -> None:

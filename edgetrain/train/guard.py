@@ -137,13 +137,6 @@ class Guard:
         self._tried += found is not None
         return found
 
-    def return_freed(self) -> None:
-        """Gives back what the heap has free, and from now on large blocks when they are freed, where it kept them."""
-        if keeps_freed_blocks():
-            _LOG.info("what is freed goes back to the system from now on")
-            return_large_blocks(2 * SLICE_BYTES)
-        release_free_memory()  # of the host, whatever the target is
-
     def make_room(self) -> None:
         """Gives back what a failed step leaves: cycles of its frames, free heap, the allocator's cache.
 
@@ -152,8 +145,16 @@ class Guard:
         if self._thread_failed:
             self.threads.change()
         gc.collect()
-        self.return_freed()
+        return_freed()  # of the host, whatever the target is
         self._target.release_cache()
+
+
+def return_freed() -> None:
+    """Gives back what the heap has free, and from now on large blocks when they are freed, where it kept them."""
+    if keeps_freed_blocks():
+        _LOG.info("what is freed goes back to the system from now on")
+        return_large_blocks(2 * SLICE_BYTES)
+    release_free_memory()
 
 
 def first_line(error: BaseException) -> str:

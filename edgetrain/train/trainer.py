@@ -32,7 +32,7 @@ from edgetrain.train.checkpoint import (
     save_checkpoint,
 )
 from edgetrain.train.evaluation import evaluate
-from edgetrain.train.guard import Guard, Switch
+from edgetrain.train.guard import Guard, Switch, return_freed
 from edgetrain.train.objectives import CrossEntropy, Grouping, Objective, Preparing
 from edgetrain.train.passes import Batch, Batches, Pass
 from edgetrain.train.random_state import RandomState, generators_of
@@ -292,7 +292,7 @@ class Trainer:
                 callback.on_warning(warning)
         if reason is None:
             return None
-        self._guard.return_freed()
+        return_freed()
         smaller = self._guard.next_plan(self.plan)
         if smaller is None:
             return None

@@ -164,8 +164,8 @@ def test_a_mode_that_was_asked_for_returns_what_it_frees_where_holes_do_not_fit(
         asked.append(keeps_freed)
         return holes_fit or not keeps_freed
 
-    make, options = question().make_model, {"input_shape": (1, 16, 16), "recipe": Recipe(batch_size=8), "runs": runs}
-    made = given(make, "recompute", **options)  # type: ignore[arg-type]
+    recipe = Recipe(batch_size=8)
+    made = given(question().make_model, "recompute", input_shape=(1, 16, 16), recipe=recipe, runs=runs)
     assert made.keeps_freed == holes_fit
     assert made.plans
     assert asked == ([True] if holes_fit else [True, False])
