@@ -23,7 +23,7 @@ from edgetrain.report.page import page_of
 from edgetrain.report.pictures import front_picture, legend, memory_picture, standalone
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
-MODEL, SHAPE, BATCH, BUDGET, DEVICE = "hybrid18", (3, 32, 32), 512, "300MiB", "gtx750"
+MODEL, SHAPE, BATCH, BUDGET, DEVICE = "hybrid18", (3, 32, 32), 512, "320MiB", "gtx750"
 SHOWN = ("gtx750", "gtx1080ti", "nano-4gb", "orin-nano-4gb", "orin-nano-8gb", "agx-orin-64gb", "rpi5-4gb")
 
 

@@ -17,7 +17,7 @@ import torch
 
 import edgetrain
 from edgetrain.models import create_model
-from edgetrain.planner import Plan, Planner
+from edgetrain.planner import Plan, Planner, uniform_plan
 from edgetrain.targets import select_target
 from edgetrain.targets.pressure import PressureGauge
 from edgetrain.train import guard
@@ -169,6 +169,21 @@ def test_a_mode_that_was_asked_for_returns_what_it_frees_where_holes_do_not_fit(
     assert made.keeps_freed == holes_fit
     assert made.plans
     assert asked == ([True] if holes_fit else [True, False])
+
+
+def test_the_leanest_mode_that_was_asked_for_is_tried_where_what_the_allocator_finds_leaner_does_not_run() -> None:
+    make, recipe = question().make_model, Recipe(batch_size=8)
+    uniform = functools.partial(uniform_plan, make(), input_shape=(1, 16, 16), batch_size=8)
+    lean = uniform("invert_layerwise")
+
+    def runs(plan: Plan, *, keeps_freed: bool = False) -> bool:
+        return plan == lean and not keeps_freed
+
+    for how in ("invert_layerwise", "recompute"):
+        made = given(make, how, input_shape=(1, 16, 16), recipe=recipe, runs=runs)
+        assert made.plans[-1] == lean
+        assert not made.keeps_freed
+        assert made.plans[0] == uniform(how)
 
 
 def question(**others: Any) -> Question:
