@@ -31,12 +31,12 @@ class _Intercept(TorchFunctionMode):
         if func is F.conv2d:
             return conv2d(*args, **kwargs)
         if func is F.batch_norm:
-            call = _BatchNormCall(*args, **kwargs)
+            call = BatchNormCall(*args, **kwargs)
             if call.reusable:
                 return call.with_statistics(self.statistics_of(call))
         return with_lean_pooling(func, args, kwargs)
 
-    def statistics_of(self, call: _BatchNormCall) -> Statistics:
+    def statistics_of(self, call: BatchNormCall) -> Statistics:
         raise NotImplementedError
 
 
@@ -47,7 +47,7 @@ class RecordStatistics(_Intercept):
         super().__init__()
         self._recorded = recorded
 
-    def statistics_of(self, call: _BatchNormCall) -> Statistics:
+    def statistics_of(self, call: BatchNormCall) -> Statistics:
         with torch.no_grad():
             mean, var = batch_moments(call.input)
         # as in torch's own kernel, autograd does not notice: a stored block may use the same batch norm
@@ -64,11 +64,15 @@ class ReuseStatistics(_Intercept):
         super().__init__()
         self._recorded = iter(recorded)
 
-    def statistics_of(self, call: _BatchNormCall) -> Statistics:
+    def next_statistics(self) -> Statistics:
+        """Those of the next batch norm."""
         return next(self._recorded)
 
+    def statistics_of(self, call: BatchNormCall) -> Statistics:
+        return self.next_statistics()
 
-class _BatchNormCall:
+
+class BatchNormCall:
     """The arguments of one call of ``torch.nn.functional.batch_norm``, by the names it gives them."""
 
     def __init__(
@@ -88,7 +92,8 @@ class _BatchNormCall:
         # a single value per channel has no variance: torch's own call says so
         self.reusable = training and input.numel() > input.shape[1]
 
-    def with_statistics(self, statistics: Statistics) -> Tensor:
+    def with_statistics(self, statistics: Statistics, *, result: Tensor | None = None) -> Tensor:
+        """The normalisation by ``statistics``; of ``result`` where that is to stand for its values."""
         scale = torch.ones_like(statistics.mean) if self.weight is None else self.weight
         bias = torch.zeros_like(statistics.mean) if self.bias is None else self.bias
-        return normalise(self.input, scale, bias, statistics)
+        return normalise(self.input, scale, bias, statistics, result=result)

@@ -12,6 +12,7 @@ last, in all tensors of a call alike, for a layer that says :attr:`keeps_layout 
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
 from dataclasses import dataclass
 
@@ -152,6 +153,9 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 @dataclass(slots=True)
 class _Caught:
     gradient: Tensor | None = None
@@ -164,17 +168,29 @@ class Rerun:
         x: input, left alone.
         replay: what was recorded when ``module`` ran before; None for layers that keep their own statistics.
         input_gradient: whether :meth:`backward` shall give one.
+        within: goes around the call of ``module`` alone.
 
     Raises:
         ModelError: the module overwrites its input.
     """
 
-    def __init__(self, module: nn.Module, x: Tensor, *, replay: Replay | None, input_gradient: bool = True) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        *,
+        replay: Replay | None,
+        input_gradient: bool = True,
+        within: contextlib.AbstractContextManager[object] = _NOTHING,
+    ) -> None:
         self._caught = _Caught()
         self._like = (x.shape, x.dtype, x.device) if input_gradient else None
         version = x._version
         with torch.enable_grad(), replaying() if replay is None else replay.again():
-            output = module(entered(x, self._caught) if input_gradient else x.detach())
+            x_entered = entered(x, self._caught) if input_gradient else x.detach()
+            with within:
+                output = module(x_entered)
+            del x_entered
         if x._version != version:
             raise ModelError(
                 found=f"a module {type(module).__name__} that overwrites its input",

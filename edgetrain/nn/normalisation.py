@@ -114,8 +114,12 @@ def _affine(x: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
 
 class _Normalise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, result: list[Tensor]
+    ) -> Tensor:
         ctx.save_for_backward(x, scale, mean, invstd)
+        if result:
+            return result.pop()
         return torch.native_batch_norm(x, scale, bias, mean, invstd.square().reciprocal_(), False, 0.0, 0.0)[0]
 
     @staticmethod
@@ -132,14 +136,18 @@ class _Normalise(torch.autograd.Function):
             slope = -factor * invstd * sum_dy_xhat / count
             offset = -factor * sum_dy / count - slope * mean
             dx = _affine(x, slope, offset).addcmul_(dy, factor.view(shape))
-        return dx, sum_dy_xhat, sum_dy, None, None
+        return dx, sum_dy_xhat, sum_dy, None, None, None
 
 
-def normalise(x: Tensor, scale: Tensor, bias: Tensor, statistics: Statistics) -> Tensor:
+def normalise(
+    x: Tensor, scale: Tensor, bias: Tensor, statistics: Statistics, *, result: Tensor | None = None
+) -> Tensor:
     """``scale (x - mean) invstd + bias``, differentiable through the statistics, which come from ``x``.
 
     Args:
         x: (n, c, ...).
         scale: (c,), as ``bias``.
+        result: to be given a history instead of the normalisation, which is not computed.
     """
-    return _Normalise.apply(x, scale, bias, statistics.mean, statistics.invstd)
+    y: Tensor = _Normalise.apply(x, scale, bias, statistics.mean, statistics.invstd, [] if result is None else [result])
+    return y

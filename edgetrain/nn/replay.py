@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from edgetrain.nn.interception import RecordStatistics, ReuseStatistics
+from edgetrain.nn.liveness import Liveness
 from edgetrain.nn.normalisation import Statistics
 from edgetrain.nn.selective import Products
 
@@ -76,6 +77,7 @@ class Replay:
 
     Attributes:
         products: results that the last pass kept for the next, which takes them.
+        liveness: what of the pass a repetition has to compute.
     """
 
     products: Products | None
@@ -91,7 +93,9 @@ class Replay:
         self._device = device
         self._random = _random_state(device)
         self._statistics: list[Statistics] = []
+        self._reusing = ReuseStatistics([])
         self.products = None
+        self.liveness = Liveness()
 
     def first(self, run: Callable[[], Tensor]) -> Tensor:
         """The result of ``run``, which calls the module, without autograd; its statistics are recorded."""
@@ -99,10 +103,19 @@ class Replay:
         with torch.no_grad(), _in_pass("plain"), RecordStatistics(self._statistics):
             return run()
 
+    def skipping(self, output: Tensor | None) -> contextlib.AbstractContextManager[object]:
+        """Goes inside :meth:`again`, next to the call of the module, whose :attr:`liveness` was watched.
+
+        Args:
+            output: of the first pass, if it is known.
+        """
+        return self.liveness.skipping(output, lambda: self._reusing.next_statistics())
+
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
         """Inside, a call of the module gives what the first pass gave and leaves no trace."""
         products, self.products = self.products, None
+        self._reusing = ReuseStatistics(self._statistics)
         after_random = _random_state(self._device)
         after = [owner._buffers[name] for owner, name, _ in self._owners]
         for (owner, name, _), before in zip(self._owners, self._before, strict=True):
@@ -111,7 +124,7 @@ class Replay:
         try:
             with (
                 replaying(),
-                ReuseStatistics(self._statistics),
+                self._reusing,
                 contextlib.nullcontext() if products is None else products.taking(),
             ):
                 yield

@@ -176,7 +176,10 @@ class ReversibleBlock(Invertible):
 
         def run() -> Tensor:
             with contextlib.nullcontext() if products is None else products.keeping():
-                return module(x)
+                y: Tensor = module(x)
+            if products is not None:
+                products.choose()
+            return y
 
         if replay:
             with records[name].again():

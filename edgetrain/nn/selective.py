@@ -18,9 +18,8 @@ not come in the same order as in the first pass, and every one after it.
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,31 +57,51 @@ class _Kept:
 
 
 class Products:
-    """The results of a block's products, in the order in which they were computed.
+    """The results of a block's products, in the order in which they were computed, and perhaps its output.
 
-    :meth:`keeping` and :meth:`taking` go inside the contexts of :class:`edgetrain.nn.replay.Replay`, nearest to the
+    :meth:`keeping` and :meth:`taking` go inside the contexts of :class:`edgetrain.nn.replay.Replay`, near to the
     call of the module: what they do not know themselves goes on to those.
     """
 
     def __init__(self) -> None:
         self._kept: deque[_Kept] = deque()
+        self._output: tuple[Tensor, int] | None = None
 
     @property
     def storages(self) -> set[int]:
-        """Of the results that are still here."""
+        """Of what is still here."""
         results = [kept.result for kept in self._kept]
+        if self._output is not None:
+            results.append(self._output[0])
         return {int(result.untyped_storage()._cdata) for result in results if result is not None}
 
-    @contextlib.contextmanager
-    def keeping(self) -> Iterator[None]:
-        """Inside, without autograd, every product leaves its result here; afterwards the expensive ones stay."""
-        with _Keeping(self._kept):
-            yield
+    def keeping(self) -> TorchFunctionMode:
+        """Inside, without autograd, every product leaves its result here until :meth:`choose` is called."""
+        return _Keeping(self._kept)
+
+    def choose(self, *, dead: Sequence[bool] = (), output: Tensor | None = None) -> None:
+        """Lets the results go that are not worth their memory.
+
+        Args:
+            dead: for each product whether the next pass can do without; none by default.
+            output: of the block, to be kept as well.
+        """
+        if dead:
+            alive = [kept for kept, is_dead in zip(self._kept, dead, strict=True) if not is_dead]
+            self._kept.clear()
+            self._kept.extend(alive)
+        if output is not None:
+            self._output = output, output._version
         sizes = [(kept, kept.result.numel()) for kept in self._kept if kept.result is not None]
         mean = sum(kept.length * size for kept, size in sizes) / max(1, sum(size for _, size in sizes))
         for kept, _ in sizes:
             if kept.length < _LEAST_SHARE * mean:
                 kept.result = None
+
+    def take_output(self) -> Tensor | None:
+        """The output, once, if it was kept and nobody has overwritten it."""
+        found, self._output = self._output, None
+        return None if found is None or found[0]._version != found[1] else found[0]
 
     def taking(self) -> TorchFunctionMode:
         """Inside, under autograd, every product takes its result from here and computes nothing."""

@@ -25,6 +25,7 @@ from edgetrain.errors import ModelError
 from edgetrain.nn.entry import entered
 from edgetrain.nn.invertible import Invertible, Rerun, keeps_layout
 from edgetrain.nn.layouts import memory_format, with_channels_last
+from edgetrain.nn.liveness import OtherCallsError
 from edgetrain.nn.max_pool import lean_pooling_in
 from edgetrain.nn.selective import Products
 from edgetrain.runtime.offload import Offloaded, offload
@@ -183,7 +184,7 @@ class Execution:
             case Backward(block, "selective"):
                 self._backward_selective(block)
             case Backward(block, "recompute"):
-                self._backward_again(block, contextlib.nullcontext())
+                self._backward_again(block)
             case Backward(block, how):
                 self._backward_invert(block, layerwise=how == "invert_layerwise")
             case Offload(index, place):
@@ -235,6 +236,7 @@ class Execution:
         x = self._z.pop(i) if keep == "nothing" else self._z[i]
         version = x._version
         self._z[i + 1] = record.first(x, within=self._keeping(i, keep))
+        self._choose(i, keep)
         if keep != "nothing" and x._version != version:
             raise ModelError(
                 found=f"block {self._blocks[i].name or type(module).__name__}, which overwrites its input",
@@ -255,6 +257,7 @@ class Execution:
             x = self._z.pop(i) if keep == "nothing" else self._z[i]
             with self._keeping(i, keep):
                 self._z[i + 1] = module(x)
+            self._choose(i, keep)
 
     def _keep_output(self, i: int, y: Tensor) -> None:
         self._z[i + 1], self._products[i] = y, _Output(y)
@@ -264,6 +267,15 @@ class Execution:
             return contextlib.nullcontext()
         products = self._products[i] = Products()
         return products.keeping()
+
+    def _choose(self, i: int, keep: Keep) -> None:
+        """Which of the products' results stay, now that all of the block has run."""
+        if keep != "products":
+            return
+        products, liveness = self._products[i], self._records[i].liveness
+        assert isinstance(products, Products)
+        assert liveness is not None
+        products.choose(dead=liveness.dead_products, output=self._z[i + 1] if liveness.gains_by_output else None)
 
     def _backward_saved(self, i: int) -> None:
         """The backward pass of a whole run when its last block's turn comes."""
@@ -287,21 +299,30 @@ class Execution:
     def _backward_selective(self, i: int) -> None:
         products, module = self._products.pop(i), self._blocks[i].module
         if isinstance(products, Products):
-            self._backward_again(i, products.taking())
+            self._backward_again(i, products)
             return
         assert isinstance(module, Invertible)
         dy = self._own(self._g, i + 1, memory_format(products.y))
         with self._records[i].again():
             self._g[i] = module.backward_between(self._z[i], products.y, dy)
 
-    def _backward_again(self, i: int, within: contextlib.AbstractContextManager[object]) -> None:
-        """Runs block i once more from z[i], under autograd and inside ``within``, and goes back."""
-        with self._records[i].again(), within:
-            module, input_gradient = self._blocks[i].module, i > 0 or self._input_gradient
-            rerun = Rerun(module, self._z[i], replay=None, input_gradient=input_gradient)
+    def _backward_again(self, i: int, products: Products | None = None) -> None:
+        """Runs what is live of block i once more from z[i], under autograd, and goes back."""
+        try:
+            rerun = self._rerun(i, products, skip=True)
+        except OtherCallsError:
+            rerun = self._rerun(i, None, skip=False)
         gradient = rerun.backward(self._g.pop(i + 1))
         if gradient is not None:
             self._g[i] = gradient
+
+    def _rerun(self, i: int, products: Products | None, *, skip: bool) -> Rerun:
+        module, record, input_gradient = self._blocks[i].module, self._records[i], i > 0 or self._input_gradient
+        skipping: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if skip:
+            skipping = record.skipping(None if products is None else products.take_output())
+        with record.again(), contextlib.nullcontext() if products is None else products.taking():
+            return Rerun(module, self._z[i], replay=None, input_gradient=input_gradient, within=skipping)
 
     def _backward_invert(self, i: int, *, layerwise: bool) -> None:
         module = self._blocks[i].module

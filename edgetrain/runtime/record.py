@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from edgetrain.chain import restore_state, saved_state
 from edgetrain.nn.invertible import Invertible
+from edgetrain.nn.liveness import Liveness
 from edgetrain.nn.replay import Replay, recording, replaying
 
 
@@ -27,18 +28,20 @@ class Record:
     @torch.no_grad()
     def first(self, x: Tensor, *, within: contextlib.AbstractContextManager[object]) -> Tensor:
         """The output for ``x``, which is left alone; the module is called inside ``within``."""
-
-        def run() -> Tensor:
-            with within:
-                y: Tensor = self._module(x)
-            return y
-
+        y: Tensor
         if isinstance(self._module, Invertible):
-            with recording():
-                y = run()
+            with recording(), within:
+                y = self._module(x)
         else:
-            self._replay = Replay(self._module, x.device)
-            y = self._replay.first(run)
+            replay = self._replay = Replay(self._module, x.device)
+
+            def watched() -> Tensor:
+                with within, replay.liveness.watching() as watching:
+                    output: Tensor = self._module(x)
+                    watching.gave(output)
+                return output
+
+            y = replay.first(watched)
         self._state = saved_state(self._module)
         return y
 
@@ -48,6 +51,19 @@ class Record:
         y = self._module.forward_keeping_products_(x) if products else self._module.forward_(x)
         self._state = saved_state(self._module)
         return y
+
+    @property
+    def liveness(self) -> Liveness | None:
+        """Of the first pass; None for an invertible module."""
+        return None if self._replay is None else self._replay.liveness
+
+    def skipping(self, output: Tensor | None) -> contextlib.AbstractContextManager[object]:
+        """Inside :meth:`again`, next to a call of the module under autograd: what is dead is not computed.
+
+        Args:
+            output: of the module, if it is known.
+        """
+        return contextlib.nullcontext() if self._replay is None else self._replay.skipping(output)
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:

@@ -101,6 +101,7 @@ def kept_bytes(module: nn.Module, x: Tensor) -> int:
     products = Products()
     with torch.no_grad(), products.keeping():
         y = module(x)
+    products.choose()
     del y
     return sum(kept.result.untyped_storage().nbytes() for kept in products._kept if kept.result is not None)
 

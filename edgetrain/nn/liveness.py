@@ -1,0 +1,522 @@
+"""Results that a second pass need not compute, as no gradient depends on them.
+
+Who runs a block a second time, under autograd, is not after its output: that has been known before, or is of no use any
+more. What counts is what the gradients need, and towards the end of a block that is little. The gradient of a sum needs
+none of its terms, that of batch norm its input alone, that of ReLU the signs of its output. So in
+
+    y = relu(norm(conv(h)) + x)
+
+the second pass computes ``conv(h)``; neither the normalisation nor the sum, nor the maximum if ``y`` has been kept, nor
+the sum if it has not. Compilers call a value *live* at a point if something after it reads it, and drop code whose
+results are dead. Here the first pass notes which operators were called on what (:meth:`Liveness.watching`), liveness
+follows from the last one back to the first, and in the second pass a dead result is a tensor without memory for its
+elements, NaN throughout, with the history that autograd needs (:meth:`Liveness.skipping`).
+
+Whatever is not one of the operators known here reads its operands, and is run again. A module whose second pass calls
+other operators, or the same ones on other tensors or without autograd, is noticed: :class:`OtherCallsError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from edgetrain.nn.interception import BatchNormCall
+from edgetrain.nn.normalisation import Statistics
+from edgetrain.nn.products import product_of
+
+Treatment = Literal["computed", "dead", "known"]
+"""Of a call in the second pass: as in the first; without its result; its result is a part of the module's output."""
+
+
+class OtherCallsError(Exception):
+    """The second pass of a module is not the one that was prepared: run it again, computing everything."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stretch of a tensor along one of its dimensions."""
+
+    dim: int
+    start: int
+    length: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """A view of it."""
+        return x.narrow(self.dim, self.start, self.length)
+
+
+@dataclass(frozen=True, slots=True)
+class _Operator:
+    """A call of an operator whose result its gradient can do without.
+
+    Attributes:
+        operands: the tensors that it reads.
+        needed: for each whether the gradient needs its values, if the result is not there.
+        without_result: the call under autograd: (result without values, statistics of a batch norm) -> result.
+        with_result: likewise where the result is known and nothing else is; None where it is no help.
+        parts: what of the result the operands are, where they are no more than that.
+        is_product: as of :func:`edgetrain.nn.products.product_of`.
+    """
+
+    operands: tuple[Tensor, ...]
+    needed: tuple[bool, ...]
+    without_result: Callable[[Tensor, Callable[[], Statistics]], Tensor]
+    with_result: Callable[[Tensor], Tensor] | None = None
+    parts: tuple[Part, ...] = ()
+    in_place: bool = False
+    is_product: bool = False
+
+
+@dataclass(slots=True)
+class _Call:
+    """A call in the first pass; results are numbered as the calls are.
+
+    Attributes:
+        operands: numbers of those that are results; None for all others.
+        given_result: whether a known result takes the place of all operands.
+    """
+
+    func: Any
+    operands: tuple[int | None, ...]
+    needed: tuple[bool, ...]
+    given_result: bool
+    parts: tuple[Part, ...]
+    in_place: bool
+    is_product: bool
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def without_values(self) -> Tensor:
+        """A result without memory for its elements."""
+        return torch.full((), torch.nan, dtype=self.dtype, device=self.device).expand(self.shape)
+
+
+class Liveness:
+    """What one pass of a module calls, and what of it a later one has to compute."""
+
+    def __init__(self) -> None:
+        self._calls: list[_Call] = []
+        self._read: set[int] = set()  # by operators that are not known here
+        self._output: int | None = None
+        self._treatments: dict[bool, tuple[Treatment, ...]] = {}
+        self._known: dict[int, tuple[Part, ...]] = {}
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[_Watching]:
+        """Goes next to the first call of the module, without autograd; its output is told to what this gives."""
+        self._calls, self._read, self._output = [], set(), None
+        self._treatments, self._known = {}, {}
+        mode = _Watching(self._calls, self._read)
+        with mode:
+            yield mode
+        self._output = mode.output
+
+    @property
+    def dead_products(self) -> tuple[bool, ...]:
+        """For each product of the pass whether nobody needs its result if the module's output is known."""
+        found = self._treated(output_known=True)
+        return tuple(t != "computed" for call, t in zip(self._calls, found, strict=True) if call.is_product)
+
+    @property
+    def gains_by_output(self) -> bool:
+        """Whether less has to be computed if the module's output is known."""
+        without, with_output = (self._treated(output_known=known) for known in (False, True))
+        return with_output.count("computed") < without.count("computed")
+
+    def skipping(
+        self, output: Tensor | None, statistics: Callable[[], Statistics]
+    ) -> contextlib.AbstractContextManager[object]:
+        """Goes next to the second call of the module, under autograd: what is dead inside is not computed.
+
+        Args:
+            output: of the first call, if it is known.
+            statistics: gives those of the next batch norm.
+
+        Raises:
+            OtherCallsError: inside, where the calls are not those of the first pass.
+        """
+        treatments = self._treated(output_known=output is not None)
+        if all(treatment == "computed" for treatment in treatments):
+            return contextlib.nullcontext()
+        known: dict[int, Tensor] = {}
+        if output is not None:
+            for number, parts in self._known.items():
+                known[number] = functools.reduce(lambda y, part: part.of(y), parts, output.detach())
+        return _Skipping(self._calls, treatments, known, statistics)
+
+    def _treated(self, *, output_known: bool) -> tuple[Treatment, ...]:
+        found = self._treatments.get(output_known)
+        if found is None:
+            found = self._treatments[output_known] = self._follow_back(output_known=output_known)
+        return found
+
+    def _follow_back(self, *, output_known: bool) -> tuple[Treatment, ...]:
+        """From the last call to the first: who reads a result is known before the call that gives it is reached."""
+        live = set(self._read)
+        overwriting = {call.operands[0]: number for number, call in enumerate(self._calls) if call.in_place}
+        known: dict[int, tuple[Part, ...]] = {}
+        if output_known and self._output is not None:
+            known[self._output] = ()
+        treatments: list[Treatment] = []
+        for number in reversed(range(len(self._calls))):
+            call, parts = self._calls[number], known.get(number)
+            operands = [(n, needed) for n, needed in zip(call.operands, call.needed, strict=True) if n is not None]
+            if call.in_place and (call.operands[0] is None or call.operands[0] in self._read):
+                live.add(number)  # somebody may see what it overwrites
+            if any(needed and (n in self._read or overwriting.get(n, number) != number) for n, needed in operands):
+                live.add(number)  # what its gradient would need instead of its result may be overwritten
+            is_safe = number not in self._read and number not in overwriting
+            if parts is not None and is_safe and call.given_result:
+                self._known[number] = parts
+                treatments.append("known")
+            elif number in live:
+                live.update(n for n, _ in operands)
+                treatments.append("computed")
+            else:
+                live.update(n for n, needed in operands if needed)
+                if parts is not None:
+                    known.update(
+                        {n: (*parts, part) for n, part in zip(call.operands, call.parts, strict=False) if n is not None}
+                    )
+                treatments.append("dead")
+        return tuple(reversed(treatments))
+
+
+class _Watching(TorchFunctionMode):
+    """Notes the calls of a pass.
+
+    Attributes:
+        output: number of what the module gave; None if it is no result of a call that is known here.
+    """
+
+    def __init__(self, calls: list[_Call], read: set[int]) -> None:
+        super().__init__()
+        self._calls, self._read = calls, read
+        self._numbers: Any = WeakIdKeyDictionary()
+        self.output: int | None = None
+
+    def gave(self, y: Tensor) -> None:
+        """``y`` is the module's output."""
+        self.output = self._numbers.get(y)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            return func(*args, **kwargs)
+        operator = _operator_of(func, args, kwargs)
+        if operator is None:
+            self._read.update(n for t in _tensors((args, kwargs)) if (n := self._numbers.get(t)) is not None)
+            return func(*args, **kwargs)
+        operands = tuple(self._numbers.get(operand) for operand in operator.operands)
+        result = func(*args, **kwargs)
+        self._numbers[result] = len(self._calls)
+        self._calls.append(
+            _Call(
+                func,
+                operands,
+                operator.needed,
+                operator.with_result is not None,
+                operator.parts,
+                operator.in_place,
+                operator.is_product,
+                result.shape,
+                result.dtype,
+                result.device,
+            )
+        )
+        return result
+
+
+class _Skipping(TorchFunctionMode):
+    def __init__(
+        self,
+        calls: Sequence[_Call],
+        treatments: Sequence[Treatment],
+        known: dict[int, Tensor],
+        statistics: Callable[[], Statistics],
+    ) -> None:
+        super().__init__()
+        self._calls, self._treatments, self._known, self._statistics = calls, treatments, known, statistics
+        self._next = self._nodes = 0
+        self._skipped = False
+        self._dead: Any = WeakIdKeyDictionary()  # numbers of results without values
+
+    def __enter__(self) -> _Skipping:
+        super().__enter__()
+        self._nodes = _count_nodes()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        super().__exit__(kind, error, trace)
+        if kind is None:
+            self._look_for_others()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            return func(*args, **kwargs)
+        self._look_for_others()
+        try:
+            return self._called(func, args, kwargs)
+        finally:
+            self._nodes = _count_nodes()
+
+    def _look_for_others(self) -> None:
+        """A function of autograd's that is no operator is not seen here: it may have saved what has no values."""
+        if self._skipped and _count_nodes() != self._nodes:
+            raise OtherCallsError("a function that is no operator of torch's")
+
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        operator = _operator_of(func, args, kwargs)
+        if operator is None:
+            if any(t in self._dead for t in _tensors((args, kwargs))):
+                raise OtherCallsError(f"{func} of a result that was not computed")
+            return func(*args, **kwargs)
+        number = self._next
+        self._next += 1
+        if number >= len(self._calls):
+            raise OtherCallsError(f"{func} after the last call of the first pass")
+        call, treatment = self._calls[number], self._treatments[number]
+        expected = tuple(n if n is not None and self._treatments[n] == "dead" else None for n in call.operands)
+        if call.func is not func or tuple(self._dead.get(t) for t in operator.operands) != expected:
+            raise OtherCallsError(f"{func} in the place of {call.func}, or of other tensors")
+        if treatment == "computed":
+            return func(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            raise OtherCallsError(f"{func} without autograd")
+        if treatment == "known":
+            assert operator.with_result is not None
+            return operator.with_result(self._known[number])
+        result = operator.without_result(call.without_values(), self._statistics)
+        self._dead[result], self._skipped = number, True
+        return result
+
+
+def _count_nodes() -> int:
+    """Of autograd's graphs, that this thread has made so far."""
+    count: int = torch._C._autograd._get_sequence_nr()
+    return count
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+
+
+# --- operators
+
+
+def _operator_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Operator | None:
+    """The call as one whose result its gradient can do without; None if it is none, or of an unusual form."""
+    rule = _RULES.get(func)
+    if rule is not None:
+        try:
+            return rule(*args, **kwargs)
+        except TypeError:  # arguments that a rule does not know
+            return None
+    product = product_of(func, args, kwargs)
+    if product is None:
+        return None
+    factors = [(factor, k < 2) for k, factor in enumerate(product.factors) if factor is not None]
+    return _Operator(
+        tuple(factor for factor, _ in factors),
+        tuple(needed for _, needed in factors),
+        lambda y, _: product.under_autograd(y),
+        is_product=True,
+    )
+
+
+def _batch_norm(*args: Any, **kwargs: Any) -> _Operator | None:
+    call = BatchNormCall(*args, **kwargs)
+    if not call.reusable:
+        return None
+    given = [(call.input, True), (call.weight, True), (call.bias, False)]
+    return _Operator(
+        tuple(t for t, _ in given if t is not None),
+        tuple(needed for t, needed in given if t is not None),
+        lambda y, statistics: call.with_statistics(statistics(), result=y),
+    )
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, result: list[Tensor]) -> Tensor:
+        return result.pop()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        return dy, dy, None
+
+
+def _sum(a: Any, b: Any, *, in_place: bool) -> _Operator | None:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return None
+    if a.shape != b.shape or a.dtype != b.dtype or not a.is_floating_point():
+        return None
+    return _Operator((a, b), (False, False), lambda y, _: _Sum.apply(a, b, [y]), in_place=in_place)
+
+
+class _Concatenation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, parts: tuple[Part, ...], result: list[Tensor], *tensors: Tensor) -> Tensor:
+        ctx.parts = parts
+        return result.pop()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[2:]
+        return (
+            None,
+            None,
+            *(part.of(dy) if is_wanted else None for part, is_wanted in zip(ctx.parts, wanted, strict=True)),
+        )
+
+
+def _concatenation(tensors: Any, dim: int = 0) -> _Operator | None:
+    if not isinstance(tensors, list | tuple) or not tensors or not isinstance(dim, int):
+        return None
+    first = tensors[0]
+    if not all(isinstance(t, Tensor) and t.dim() == first.dim() and t.dtype == first.dtype for t in tensors):
+        return None
+    if not first.is_floating_point() or not -first.dim() <= dim < first.dim():
+        return None
+    dim %= first.dim()
+    parts, start = [], 0
+    for t in tensors:
+        parts.append(Part(dim, start, t.shape[dim]))
+        start += t.shape[dim]
+    return _Operator(
+        tuple(tensors),
+        (False,) * len(tensors),
+        lambda y, _: _Concatenation.apply(tuple(parts), [y], *tensors),
+        parts=tuple(parts),
+    )
+
+
+class _Activation(torch.autograd.Function):
+    """An activation whose gradient is ``gradient(dy, known)``: from its input, or from its output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, known: Tensor, result: list[Tensor], gradient: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        ctx.save_for_backward(known)
+        ctx.gradient = gradient
+        return result.pop()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        (known,) = ctx.saved_tensors
+        return ctx.gradient(dy, known), None, None, None
+
+
+def _activation(
+    x: Any, gradient: Callable[[Tensor, Tensor], Tensor], *, in_place: bool, from_result: bool
+) -> _Operator | None:
+    """``from_result``: whether the same formula takes the output for the input."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return None
+
+    def with_result(y: Tensor) -> Tensor:
+        result: Tensor = _Activation.apply(x, y, [y.detach()], gradient)
+        return result
+
+    return _Operator(
+        (x,),
+        (True,),
+        lambda y, _: _Activation.apply(x, x.detach(), [y], gradient),
+        with_result=with_result if from_result else None,
+        in_place=in_place,
+    )
+
+
+_aten = torch.ops.aten
+
+
+def _relu(input: Tensor, inplace: bool = False) -> _Operator | None:
+    return _activation(input, lambda dy, x: _aten.threshold_backward(dy, x, 0), in_place=inplace, from_result=True)
+
+
+def _hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> _Operator | None:
+    def gradient(dy: Tensor, x: Tensor) -> Tensor:
+        dx: Tensor = _aten.hardtanh_backward(dy, x, min_val, max_val)
+        return dx
+
+    return _activation(input, gradient, in_place=inplace, from_result=True)
+
+
+def _relu6(input: Tensor, inplace: bool = False) -> _Operator | None:
+    return _hardtanh(input, 0.0, 6.0, inplace)
+
+
+def _leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> _Operator | None:
+    def gradient(dy: Tensor, x: Tensor) -> Tensor:
+        dx: Tensor = _aten.leaky_relu_backward(dy, x, negative_slope, False)
+        return dx
+
+    return _activation(input, gradient, in_place=inplace, from_result=negative_slope > 0)
+
+
+def _silu(input: Tensor, inplace: bool = False) -> _Operator | None:
+    return _activation(input, _aten.silu_backward, in_place=inplace, from_result=False)
+
+
+def _hardswish(input: Tensor, inplace: bool = False) -> _Operator | None:
+    return _activation(input, _aten.hardswish_backward, in_place=inplace, from_result=False)
+
+
+def _gelu(input: Tensor, approximate: str = "none") -> _Operator | None:
+    def gradient(dy: Tensor, x: Tensor) -> Tensor:
+        dx: Tensor = _aten.gelu_backward(dy, x, approximate=approximate)
+        return dx
+
+    return _activation(input, gradient, in_place=False, from_result=False)
+
+
+_Rule = Callable[..., _Operator | None]
+_RULES: dict[Any, _Rule] = {
+    F.batch_norm: _batch_norm,
+    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__), lambda a, b: _sum(a, b, in_place=False)),
+    **dict.fromkeys((Tensor.add_, Tensor.__iadd__), lambda a, b: _sum(a, b, in_place=True)),
+    **dict.fromkeys((torch.cat, torch.concat), _concatenation),
+    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
+    **dict.fromkeys((F.relu_, Tensor.relu_), lambda x: _relu(x, inplace=True)),
+    F.hardtanh: _hardtanh,
+    F.relu6: _relu6,
+    F.leaky_relu: _leaky_relu,
+    F.silu: _silu,
+    F.hardswish: _hardswish,
+    F.gelu: _gelu,
+}
+
+_METADATA = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad")),
+    *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_leaf", "grad_fn")),
+    *(
+        Tensor.size,
+        Tensor.dim,
+        Tensor.numel,
+        Tensor.nelement,
+        Tensor.__len__,
+        Tensor.is_floating_point,
+        Tensor.ndimension,
+    ),
+}
+"""Looks at a tensor that read none of its elements."""
