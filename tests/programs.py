@@ -29,7 +29,7 @@ from edgetrain.nn import (
 )
 from edgetrain.planner import Plan
 from edgetrain.runtime import Backward, Forward, Free, Head, Instruction, Program, Recompute
-from edgetrain.runtime.program import How, Keep
+from edgetrain.runtime.program import SELECTIVE, How, Keep
 
 NESTED_SHAPE = (3, 3, 8, 8)
 
@@ -81,8 +81,9 @@ class _Writer:
         modes: list[tuple[Keep, How]] = [("all", "saved")]
         if block.allows("recompute"):
             modes.append(("input", "recompute"))
-        if block.allows("selective"):
-            modes += [("products", "selective")] * 2
+        for selective, keep in SELECTIVE.items():
+            if block.allows(selective):
+                modes.append((keep, selective))
         if block.allows("invert_selective"):
             modes += [("products_only", "invert_selective")] * 2
         for how in ("invert", "invert_layerwise"):

@@ -27,10 +27,11 @@ from edgetrain.chain.segment import Note, Segment, join
 from edgetrain.errors import ModelError
 from edgetrain.nn import Invertible
 
-Mode = Literal["store", "selective", "recompute", "invert", "invert_selective", "invert_layerwise"]
+Mode = Literal["store", "selective_all", "selective", "recompute", "invert", "invert_selective", "invert_layerwise"]
 """How a block's backward pass comes by its activations."""
 
 MODES: tuple[Mode, ...] = get_args(Mode)
+_SELECTIVE: tuple[Mode, ...] = ("selective", "selective_all")
 
 
 @dataclass(frozen=True)
@@ -186,10 +187,11 @@ def _blocks(model: nn.Module) -> Iterator[Block]:
         name = part.name if names[part.name] == 1 else f"{part.name}#{names[part.name]}"
         refusals = _refusals(part.module)
         if part.frozen:
-            refusals["selective"] = "its frozen modules need no results for a gradient"
+            refusals["selective"] = refusals["selective_all"] = "its frozen modules need no results for a gradient"
         if i == 0 and part.overwrites:
             refusals["recompute"] = "it overwrites its input, from which it would be recomputed"
-            refusals.setdefault("selective", refusals["recompute"])
+            for mode in _SELECTIVE:
+                refusals.setdefault(mode, refusals["recompute"])
         yield Block(name, part.module, refusals, part.uncut)
 
 
@@ -290,10 +292,16 @@ def _leaves(path: str, module: nn.Module) -> Iterator[str]:
 def _refusals(module: nn.Module) -> dict[Mode, str]:
     refusals: dict[Mode, str] = {}
     between = isinstance(module, Invertible) and module.between
+    factors = [p for p in module.parameters() if is_lazy(p) or p.dim() > 1]
     if not between and any(isinstance(inner, Invertible) for inner in module.modules()):
-        refusals["selective"] = "its invertible layers come by their activations in better ways"
-    elif not any(is_lazy(p) or p.dim() > 1 for p in module.parameters()):
-        refusals["selective"] = "no weights of a convolution or a matrix product, whose results could be kept"
+        refusals = dict.fromkeys(_SELECTIVE, "its invertible layers come by their activations in better ways")
+    elif not factors:
+        reason = "no weights of a convolution or a matrix product, whose results could be kept"
+        refusals = dict.fromkeys(_SELECTIVE, reason)
+    elif between:
+        refusals["selective_all"] = "it goes back from its input and output"
+    elif len(factors) == 1:
+        refusals["selective_all"] = "it has one convolution or matrix product"
     if not isinstance(module, Invertible):
         reason = f"{type(module).__name__} has no inverse"
         return {**refusals, "invert": reason, "invert_selective": reason, "invert_layerwise": reason}

@@ -148,7 +148,7 @@ class Noise:
             start = BFLOAT16_NSR if i in rounded else 0.0
             if mode == "selective" and block is not None:  # its hidden activations come back from its output
                 nsr, met = 0.0, max(start, block.backward(0.0, way="invert_layerwise")[1])
-            elif mode == "store" or mode == "selective" or mode == "recompute":
+            elif mode == "store" or mode == "selective" or mode == "selective_all" or mode == "recompute":
                 nsr, met = 0.0, start
             elif block is None:
                 nsr = met = float("inf")

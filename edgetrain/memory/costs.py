@@ -36,6 +36,7 @@ from edgetrain.memory.trace import Kind, Recorder
 from edgetrain.nn.invertible import Invertible, keeps_layout
 from edgetrain.nn.layouts import with_channels_last
 from edgetrain.nn.slices import abridged_slices
+from edgetrain.runtime.program import SELECTIVE, Selective
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,9 @@ class BlockCosts:
         """What ``forward all`` leaves besides its output; its input does not count, held or not."""
         return self._left_by("forward all")
 
-    @property
-    def products_bytes(self) -> int:
-        """Likewise of ``forward products``, for a block that allows it."""
-        return self._left_by("forward products")
+    def products_bytes(self, how: Selective) -> int:
+        """Likewise of the forward pass before ``how``, for a block that allows it."""
+        return self._left_by(f"forward {SELECTIVE[how]}")
 
     @property
     def products_only_bytes(self) -> int:

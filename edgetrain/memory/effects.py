@@ -23,10 +23,12 @@ Layout = tuple[int, ...] | None
 Key = tuple[str, Layout, Layout]
 """An instruction as a block sees it, with the layouts of z[i] and g[i+1] where they matter.
 
-- ``forward all``, ``forward products``, ``forward products_only``, ``forward input``, ``forward nothing``
+- ``forward all``, ``forward products``, ``forward all_products``, ``forward products_only``, ``forward input``,
+  ``forward nothing``
 - ``recompute all after input``: after any first pass that leaves a record, one that keeps nothing included
 - ``backward saved after forward all``, ``backward saved after recompute all after input``
-- ``backward selective after forward products``, ``backward selective after recompute products after input``
+- ``backward selective after forward products``, ``backward selective after recompute products after input``; likewise
+  ``selective_all`` after ``all_products``
 - ``backward invert_selective after forward products_only``, likewise after ``recompute products_only after input``
 - ``backward recompute after input``, ``backward invert``, ``backward invert_layerwise``; an inversion takes z[i+1] and
   g[i+1] in one layout

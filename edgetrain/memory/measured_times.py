@@ -301,6 +301,8 @@ def _block_times(seconds: dict[str, float], scale: float) -> BlockTimes:
         backward_selective=scaled("backward_selective"),
         forward_products_only=scaled("forward_products_only"),
         backward_invert_selective=scaled("backward_invert_selective"),
+        forward_all_products=scaled("forward_all_products"),
+        backward_selective_all=scaled("backward_selective_all"),
     )
 
 

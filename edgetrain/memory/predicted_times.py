@@ -62,4 +62,6 @@ def _block_times(block: BlockCosts, rates: OperatorRates) -> BlockTimes:
         backward_selective=seconds("backward selective after forward products"),
         forward_products_only=seconds("forward products_only"),
         backward_invert_selective=seconds("backward invert_selective after forward products_only"),
+        forward_all_products=seconds("forward all_products"),
+        backward_selective_all=seconds("backward selective_all after forward all_products"),
     )

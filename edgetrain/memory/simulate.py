@@ -14,6 +14,7 @@ from edgetrain.memory.effects import Effect, Layout, Operand, first_pass, key_of
 from edgetrain.runtime.program import (
     DROPPING,
     INVERSIONS,
+    SELECTIVE,
     Backward,
     Fetch,
     Forward,
@@ -235,7 +236,7 @@ class Simulator:
         effect = block.effect(key)
         operands: Operands = {"x": x}
         self._apply(effect, operands)
-        if keep in ("all", "products", "products_only"):
+        if keep not in ("input", "nothing"):
             held = {operand: operands[operand] for operand in effect.kept}
             out_layout = next(output.layout for output in effect.outputs if output.name == "y")
             found = _Held(key[0], layout, out_layout, held, [operands[operand] for operand in effect.noted])
@@ -264,12 +265,12 @@ class Simulator:
         block = self._costs.blocks[i]
         operands: Operands
         taken: tuple[Operand, ...]
-        if how in ("saved", "selective"):
+        if how == "saved" or how in SELECTIVE:
             found = (self._graphs if how == "saved" else self._products).pop(i)
             for storage in found.noted:
                 storage.noted -= 1
             x_layout = found.layout
-            if how == "selective":  # z[i] stays, and may have come back in another layout
+            if how != "saved":  # z[i] stays, and may have come back in another layout
                 found.held["x"], x_layout = self._z[i]
             if how == "selective" and block.invertible:
                 layout = self._owned_layout(i, found.out_layout, of=i + 1)

@@ -21,7 +21,7 @@ from edgetrain.nn.layouts import channels_last_strides
 from edgetrain.nn.max_pool import lean_pooling_in
 from edgetrain.runtime.executor import Execution, Updater
 from edgetrain.runtime.offload import offload
-from edgetrain.runtime.program import INVERSIONS, Backward, Forward, Head, Place, Program, Update, kept_by
+from edgetrain.runtime.program import INVERSIONS, SELECTIVE, Backward, Forward, Head, Place, Program, Update, kept_by
 
 _COPIES = 3
 
@@ -106,7 +106,7 @@ class Stopwatch(Execution):
 
     def _drop_after(self, step: Step) -> None:
         if isinstance(step, Forward):
-            if step.keep not in ("products", "input"):
+            if step.keep not in ("products", "all_products", "input"):
                 self._z.pop(self._i, None)
         else:
             self._z.pop(self._i + 1, None)
@@ -119,8 +119,7 @@ def sequences(block: Block, i: int, *, update: bool) -> list[list[Step]]:
         found[0].append(Update(i))
     if block.allows("recompute"):
         found.append([Forward(i, "input"), Backward(i, "recompute")])
-    if block.allows("selective"):
-        found.append([Forward(i, "products"), Backward(i, "selective")])
+    found += [[Forward(i, keep), Backward(i, how)] for how, keep in SELECTIVE.items() if block.allows(how)]
     if isinstance(block.module, Invertible):
         for how in INVERSIONS:
             if block.allows(how):

@@ -21,7 +21,7 @@ from edgetrain.memory.fingerprint import fingerprint
 from edgetrain.memory.step import Loss, OptimizerFactory, create_state, update_parameters
 from edgetrain.memory.trace import Recorder
 from edgetrain.nn.invertible import Invertible, keeps_layout
-from edgetrain.runtime.program import DROPPING, Backward, Forward, Recompute, Update
+from edgetrain.runtime.program import DROPPING, SELECTIVE, Backward, Forward, Recompute, Update
 
 
 @dataclass
@@ -129,7 +129,7 @@ class Survey:
                     key = key_of(f"forward {step.keep}", x=given.layout)
                 else:
                     key = key_of(f"recompute {step.keep}", after=first, x=given.layout)
-                if step.keep in ("all", "products", "products_only"):
+                if step.keep not in ("input", "nothing"):
                     stored_by = key[0]
                 seen = bench.observe(key, step, x=given)
                 y = seen.outputs["y"].form
@@ -142,8 +142,8 @@ class Survey:
                     seen = bench.observe(
                         key_of("backward saved", after=stored_by, x=x_layout, dy=dy_layout), step, dy=dy
                     )
-                elif step.how in ("selective", "recompute"):
-                    after = stored_by if step.how == "selective" else first
+                elif step.how in SELECTIVE or step.how == "recompute":
+                    after = first if step.how == "recompute" else stored_by
                     if step.how == "selective" and isinstance(block.module, Invertible):
                         dy = y  # in its memory
                     key = key_of(f"backward {step.how}", after=after, x=x_layout, dy=dy.layout)
@@ -202,9 +202,10 @@ def _sequences(block: Block, i: int) -> list[list[_Step]]:
     if not block.allows("recompute"):
         return [stored, *keeping, [Forward(i, "nothing"), *inverting]]
     selecting: list[list[_Step]] = []
-    if block.allows("selective"):
-        storing += [Recompute(i, i, "products"), Backward(i, "selective")]
-        selecting = [[Forward(i, "products"), Backward(i, "selective")]]
+    for how, keep in SELECTIVE.items():
+        if block.allows(how):
+            storing += [Recompute(i, i, keep), Backward(i, how)]
+            selecting.append([Forward(i, keep), Backward(i, how)])
     recorded: list[_Step] = [Forward(i, "input"), *from_input, *dropping, *storing, *inverting]
     return [stored, *selecting, *keeping, [Forward(i, "nothing")], recorded]
 

@@ -42,7 +42,7 @@ class BlockTimes:
         forward_all: keep=all.
         update: step of the optimiser over this block's parameters, those of earlier blocks left out.
         forward_in_place: keep=nothing of a block that works in the memory of its input; None: as ``forward``.
-        forward_products: keep=products.
+        forward_products: keep=products; ``forward_all_products`` likewise.
         forward_products_only: keep=products_only.
     """
 
@@ -58,6 +58,8 @@ class BlockTimes:
     backward_selective: float | None = None
     forward_products_only: float | None = None
     backward_invert_selective: float | None = None
+    forward_all_products: float | None = None
+    backward_selective_all: float | None = None
 
     def multiplied(self, factor: float) -> BlockTimes:
         """All seconds but the optimiser's multiplied by ``factor``."""
@@ -74,6 +76,8 @@ class BlockTimes:
             return self.forward_all
         if keep == "products":
             return self.forward_products
+        if keep == "all_products":
+            return self.forward_all_products
         if keep == "products_only":
             return self.forward_products_only
         return self.forward if keep == "input" or self.forward_in_place is None else self.forward_in_place

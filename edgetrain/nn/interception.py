@@ -18,6 +18,9 @@ from edgetrain.nn.max_pool import with_lean_pooling
 from edgetrain.nn.normalisation import Statistics, batch_moments, normalise, update_running
 from edgetrain.nn.sliced import conv2d
 
+unseen = torch._C.DisableTorchFunction
+"""Inside, no mode sees what a mode calls for itself: with several of them each call would go through all."""
+
 
 class _Intercept(TorchFunctionMode):
     """Sees every torch function that a module calls.

@@ -8,9 +8,10 @@ none of its terms, that of batch norm its input alone, that of ReLU the signs of
 
 the second pass computes ``conv(h)``; neither the normalisation nor the sum, nor the maximum if ``y`` has been kept, nor
 the sum if it has not. Compilers call a value *live* at a point if something after it reads it, and drop code whose
-results are dead. Here the first pass notes which operators were called on what (:meth:`Liveness.watching`), liveness
-follows from the last one back to the first, and in the second pass a dead result is a tensor without memory for its
-elements, NaN throughout, with the history that autograd needs (:meth:`Liveness.skipping`).
+results are dead. Here the first pass notes which operators were called on what (:meth:`Liveness.run`), liveness follows
+from the last one back to the first, and in the second pass a dead result is a tensor without memory for its elements,
+NaN throughout, with the history that autograd needs (:meth:`Liveness.skipping`). A pass is watched in the first step
+alone: what was called then is known by module and input (:func:`liveness_of`).
 
 Whatever is not one of the operators known here reads its operands, and is run again. A module whose second pass calls
 other operators, or the same ones on other tensors or without autograd, is noticed: :class:`OtherCallsError`.
@@ -23,19 +24,24 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from edgetrain.nn.interception import BatchNormCall
+from edgetrain.nn.interception import BatchNormCall, unseen
 from edgetrain.nn.normalisation import Statistics
 from edgetrain.nn.products import product_of
 
 Treatment = Literal["computed", "dead", "known"]
 """Of a call in the second pass: as in the first; without its result; its result is a part of the module's output."""
+
+
+_Step = tuple[Any, int | None]
+"""A function that a pass called, and the number of its result if it is known here."""
 
 
 class OtherCallsError(Exception):
@@ -86,7 +92,6 @@ class _Call:
         given_result: whether a known result takes the place of all operands.
     """
 
-    func: Any
     operands: tuple[int | None, ...]
     needed: tuple[bool, ...]
     given_result: bool
@@ -106,21 +111,33 @@ class Liveness:
     """What one pass of a module calls, and what of it a later one has to compute."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """The next pass is watched."""
+        self._course: list[_Step] = []
         self._calls: list[_Call] = []
         self._read: set[int] = set()  # by operators that are not known here
         self._output: int | None = None
         self._treatments: dict[bool, tuple[Treatment, ...]] = {}
         self._known: dict[int, tuple[Part, ...]] = {}
+        self._watched = False
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[_Watching]:
-        """Goes next to the first call of the module, without autograd; its output is told to what this gives."""
-        self._calls, self._read, self._output = [], set(), None
-        self._treatments, self._known = {}, {}
-        mode = _Watching(self._calls, self._read)
-        with mode:
-            yield mode
-        self._output = mode.output
+    def run(self, module: nn.Module, x: Tensor) -> Tensor:
+        """The output of ``module`` for ``x``, without autograd; watched, unless a pass was.
+
+        Whether a pass that was watched in an earlier step is still what the module does, its second pass finds out.
+        """
+        y: Tensor
+        if self._watched:
+            y = module(x)
+            return y
+        self.forget()
+        watching = _Watching(self._course, self._calls, self._read)
+        with watching:
+            y = module(x)
+        self._output, self._watched = watching.number_of(y), True
+        return y
 
     @property
     def dead_products(self) -> tuple[bool, ...]:
@@ -153,7 +170,7 @@ class Liveness:
         if output is not None:
             for number, parts in self._known.items():
                 known[number] = functools.reduce(lambda y, part: part.of(y), parts, output.detach())
-        return _Skipping(self._calls, treatments, known, statistics)
+        return _Skipping(self._course, self._calls, treatments, known, statistics)
 
     def _treated(self, *, output_known: bool) -> tuple[Treatment, ...]:
         found = self._treatments.get(output_known)
@@ -193,47 +210,48 @@ class Liveness:
         return tuple(reversed(treatments))
 
 
+_seen: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], Liveness]] = WeakKeyDictionary()
+
+
+def liveness_of(module: nn.Module, x: Tensor) -> Liveness:
+    """That of earlier passes of ``module`` over inputs like ``x``."""
+    key = x.shape, x.dtype, x.device, module.training
+    return _seen.setdefault(module, {}).setdefault(key, Liveness())
+
+
 class _Watching(TorchFunctionMode):
-    """Notes the calls of a pass.
+    """Notes the calls of a pass."""
 
-    Attributes:
-        output: number of what the module gave; None if it is no result of a call that is known here.
-    """
-
-    def __init__(self, calls: list[_Call], read: set[int]) -> None:
+    def __init__(self, course: list[_Step], calls: list[_Call], read: set[int]) -> None:
         super().__init__()
-        self._calls, self._read = calls, read
+        self._course, self._calls, self._read = course, calls, read
         self._numbers: Any = WeakIdKeyDictionary()
-        self.output: int | None = None
 
-    def gave(self, y: Tensor) -> None:
-        """``y`` is the module's output."""
-        self.output = self._numbers.get(y)
+    def number_of(self, y: Tensor) -> int | None:
+        """Of a result; None if ``y`` is none of a call that is known here."""
+        number: int | None = self._numbers.get(y)
+        return number
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _METADATA:
             return func(*args, **kwargs)
-        operator = _operator_of(func, args, kwargs)
-        if operator is None:
-            self._read.update(n for t in _tensors((args, kwargs)) if (n := self._numbers.get(t)) is not None)
-            return func(*args, **kwargs)
-        operands = tuple(self._numbers.get(operand) for operand in operator.operands)
+        with unseen():
+            operator = _operator_of(func, args, kwargs)
+            if operator is None:
+                self._read.update(n for t in _tensors((args, kwargs)) if (n := self._numbers.get(t)) is not None)
+            else:
+                operands = tuple(self._numbers.get(operand) for operand in operator.operands)
         result = func(*args, **kwargs)
-        self._numbers[result] = len(self._calls)
+        self._course.append((func, None if operator is None else len(self._calls)))
+        if operator is None:
+            return result
+        with unseen():
+            self._numbers[result] = len(self._calls)
+            form = result.shape, result.dtype, result.device
+        given_result, needed = operator.with_result is not None, operator.needed
         self._calls.append(
-            _Call(
-                func,
-                operands,
-                operator.needed,
-                operator.with_result is not None,
-                operator.parts,
-                operator.in_place,
-                operator.is_product,
-                result.shape,
-                result.dtype,
-                result.device,
-            )
+            _Call(operands, needed, given_result, operator.parts, operator.in_place, operator.is_product, *form)
         )
         return result
 
@@ -241,21 +259,18 @@ class _Watching(TorchFunctionMode):
 class _Skipping(TorchFunctionMode):
     def __init__(
         self,
+        course: Sequence[_Step],
         calls: Sequence[_Call],
         treatments: Sequence[Treatment],
         known: dict[int, Tensor],
         statistics: Callable[[], Statistics],
     ) -> None:
         super().__init__()
-        self._calls, self._treatments, self._known, self._statistics = calls, treatments, known, statistics
+        self._course, self._calls, self._treatments = course, calls, treatments
+        self._known, self._statistics = known, statistics
         self._next = self._nodes = 0
         self._skipped = False
         self._dead: Any = WeakIdKeyDictionary()  # numbers of results without values
-
-    def __enter__(self) -> _Skipping:
-        super().__enter__()
-        self._nodes = _count_nodes()
-        return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         super().__exit__(kind, error, trace)
@@ -266,39 +281,43 @@ class _Skipping(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _METADATA:
             return func(*args, **kwargs)
+        step: _Step = self._course[self._next] if self._next < len(self._course) else ("nothing", None)
+        (expected, number), self._next = step, self._next + 1
+        if expected is not func:
+            raise OtherCallsError(f"{func} in the place of {expected}")
+        treatment = "computed" if number is None else self._treatments[number]
+        if not self._skipped and treatment == "computed":  # so far all results have values
+            return func(*args, **kwargs)
         self._look_for_others()
-        try:
-            return self._called(func, args, kwargs)
-        finally:
-            self._nodes = _count_nodes()
+        result = self._called(func, args, kwargs, number)
+        self._nodes = _count_nodes()
+        return result
 
     def _look_for_others(self) -> None:
         """A function of autograd's that is no operator is not seen here: it may have saved what has no values."""
         if self._skipped and _count_nodes() != self._nodes:
             raise OtherCallsError("a function that is no operator of torch's")
 
-    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        operator = _operator_of(func, args, kwargs)
-        if operator is None:
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], number: int | None) -> Any:
+        if number is None:
             if any(t in self._dead for t in _tensors((args, kwargs))):
                 raise OtherCallsError(f"{func} of a result that was not computed")
             return func(*args, **kwargs)
-        number = self._next
-        self._next += 1
-        if number >= len(self._calls):
-            raise OtherCallsError(f"{func} after the last call of the first pass")
+        with unseen():
+            operator = _operator_of(func, args, kwargs)
         call, treatment = self._calls[number], self._treatments[number]
-        expected = tuple(n if n is not None and self._treatments[n] == "dead" else None for n in call.operands)
-        if call.func is not func or tuple(self._dead.get(t) for t in operator.operands) != expected:
-            raise OtherCallsError(f"{func} in the place of {call.func}, or of other tensors")
+        dead = tuple(n if n is not None and self._treatments[n] == "dead" else None for n in call.operands)
+        if operator is None or tuple(self._dead.get(t) for t in operator.operands) != dead:
+            raise OtherCallsError(f"{func} of other tensors")
         if treatment == "computed":
             return func(*args, **kwargs)
         if not torch.is_grad_enabled():
             raise OtherCallsError(f"{func} without autograd")
-        if treatment == "known":
-            assert operator.with_result is not None
-            return operator.with_result(self._known[number])
-        result = operator.without_result(call.without_values(), self._statistics)
+        with unseen():
+            if treatment == "known":
+                assert operator.with_result is not None
+                return operator.with_result(self._known[number])
+            result = operator.without_result(call.without_values(), self._statistics)
         self._dead[result], self._skipped = number, True
         return result
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from edgetrain.nn.interception import RecordStatistics, ReuseStatistics
-from edgetrain.nn.liveness import Liveness
+from edgetrain.nn.liveness import liveness_of
 from edgetrain.nn.normalisation import Statistics
 from edgetrain.nn.selective import Products
 
@@ -73,16 +73,16 @@ class Replay:
 
     Args:
         module: any module; it must not change anything but its buffers and the random state.
-        device: where it runs; the random state of a CUDA device is recorded besides the CPU's.
+        x: its input; the random state of a CUDA device is recorded besides the CPU's.
 
     Attributes:
         products: results that the last pass kept for the next, which takes them.
-        liveness: what of the pass a repetition has to compute.
+        liveness: what of a pass a repetition has to compute.
     """
 
     products: Products | None
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, x: Tensor) -> None:
         self._owners = [
             (owner, name, buffer)
             for owner in module.modules()
@@ -90,12 +90,12 @@ class Replay:
             if buffer is not None
         ]
         self._before = [buffer.clone() for _, _, buffer in self._owners]
-        self._device = device
-        self._random = _random_state(device)
+        self._device = x.device
+        self._random = _random_state(x.device)
         self._statistics: list[Statistics] = []
         self._reusing = ReuseStatistics([])
         self.products = None
-        self.liveness = Liveness()
+        self.liveness = liveness_of(module, x)
 
     def first(self, run: Callable[[], Tensor]) -> Tensor:
         """The result of ``run``, which calls the module, without autograd; its statistics are recorded."""
@@ -104,7 +104,7 @@ class Replay:
             return run()
 
     def skipping(self, output: Tensor | None) -> contextlib.AbstractContextManager[object]:
-        """Goes inside :meth:`again`, next to the call of the module, whose :attr:`liveness` was watched.
+        """Goes inside :meth:`again`, next to the call of the module, which its :attr:`liveness` has run.
 
         Args:
             output: of the first pass, if it is known.

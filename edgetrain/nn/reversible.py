@@ -185,7 +185,7 @@ class ReversibleBlock(Invertible):
             with records[name].again():
                 residual = run()
         else:
-            records[name] = Replay(module, x.device)
+            records[name] = Replay(module, x)
             residual = records[name].first(run)
         records[name].products = products
         return residual

@@ -26,6 +26,7 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from edgetrain.nn.interception import unseen
 from edgetrain.nn.products import Product, product_of
 
 _LEAST_SHARE = 0.5
@@ -79,19 +80,22 @@ class Products:
         """Inside, without autograd, every product leaves its result here until :meth:`choose` is called."""
         return _Keeping(self._kept)
 
-    def choose(self, *, dead: Sequence[bool] = (), output: Tensor | None = None) -> None:
+    def choose(self, *, cheap: bool = False, dead: Sequence[bool] = (), output: Tensor | None = None) -> None:
         """Lets the results go that are not worth their memory.
 
         Args:
+            cheap: whether those of cheap products stay.
             dead: for each product whether the next pass can do without; none by default.
             output: of the block, to be kept as well.
         """
-        if dead:
+        if len(dead) == len(self._kept):  # else the block took another course than when that was found out
             alive = [kept for kept, is_dead in zip(self._kept, dead, strict=True) if not is_dead]
             self._kept.clear()
             self._kept.extend(alive)
         if output is not None:
             self._output = output, output._version
+        if cheap:
+            return
         sizes = [(kept, kept.result.numel()) for kept in self._kept if kept.result is not None]
         mean = sum(kept.length * size for kept, size in sizes) / max(1, sum(size for _, size in sizes))
         for kept, _ in sizes:
@@ -115,11 +119,13 @@ class _Keeping(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for kept in self._kept:
-            kept.forget_if_overwritten()
-        product = product_of(func, args, kwargs or {})
-        if product is not None:
-            self._kept.append(_Kept(_call(func, product), max(_LEAST_LENGTH, product.length), result, result._version))
+        with unseen():
+            for kept in self._kept:
+                kept.forget_if_overwritten()
+            product = product_of(func, args, kwargs or {})
+            if product is not None:
+                length = max(_LEAST_LENGTH, product.length)
+                self._kept.append(_Kept(_call(func, product), length, result, result._version))
         return result
 
 
@@ -129,13 +135,14 @@ class _Taking(TorchFunctionMode):
         self._kept = kept
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        product = product_of(func, args, kwargs or {})
-        if product is not None and self._kept:
-            kept = self._kept.popleft()
-            if kept.call != _call(func, product):
-                self._kept.clear()
-            elif kept.result is not None:
-                return product.under_autograd(kept.result)
+        with unseen():
+            product = product_of(func, args, kwargs or {})
+            if product is not None and self._kept:
+                kept = self._kept.popleft()
+                if kept.call != _call(func, product):
+                    self._kept.clear()
+                elif kept.result is not None:
+                    return product.under_autograd(kept.result)
         return func(*args, **(kwargs or {}))
 
 

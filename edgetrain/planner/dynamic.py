@@ -48,6 +48,7 @@ import numpy as np
 from edgetrain.planner.stages import Away, Problem, Way
 from edgetrain.runtime.program import (
     INVERSIONS,
+    SELECTIVE,
     Backward,
     Fetch,
     Forward,
@@ -58,6 +59,7 @@ from edgetrain.runtime.program import (
     Keep,
     Offload,
     Recompute,
+    Selective,
     Update,
     kept_by,
 )
@@ -88,16 +90,19 @@ class Move:
     """One alternative of the recursion.
 
     Attributes:
+        how: which results of products are kept, of a selective move.
         place: of a checkpoint; None: it stays as it is.
         end: state in which z[j+1] is asked for, of an inversion.
     """
 
     kind: Kind
+    how: Selective = "selective"
     place: Away | None = None
     end: State = "need"
 
 
-_STORE, _SELECTIVE, _CHECKPOINT, _RECOMPUTE = Move("store"), Move("selective"), Move("checkpoint"), Move("recompute")
+_STORE, _CHECKPOINT, _RECOMPUTE = Move("store"), Move("checkpoint"), Move("recompute")
+_SELECTIVE: dict[Selective, Move] = {how: Move("selective", how=how) for how in SELECTIVE}
 _INVERT: dict[State, Move] = {end: Move("invert", end=end) for end in ("need", "near")}
 
 
@@ -203,14 +208,13 @@ class Table:
 
     # --- sizes
 
-    def _rounded_sizes(self) -> tuple[list[int], list[int], list[int]]:
-        """Slots of z[0..L], and of what each block saves, all of it or the results of its products."""
-        selections = [stage.selection for stage in self._stages]
+    def _rounded_sizes(self) -> tuple[list[int], list[int], dict[Selective, list[int]]]:
+        """Slots of z[0..L], and of what each block saves, all of it or results of its products."""
         saved = [float(stage.saved_bytes) for stage in self._stages]
-        products = [0.0 if found is None else float(found.products_bytes) for found in selections]
         exact = [float(self._z[0]), *(x for pair in zip(saved, self._z[1:], strict=True) for x in pair)]
-        rounded, selected = self._rounded(exact), self._rounded(products)
-        return rounded[0::2], rounded[1::2], selected
+        rounded, kept = self._rounded(exact), [{s.how: s.products_bytes for s in st.selections} for st in self._stages]
+        products = {how: self._rounded([float(found.get(how, 0)) for found in kept]) for how in SELECTIVE}
+        return rounded[0::2], rounded[1::2], products
 
     def _rounded(self, exact: list[float]) -> list[int]:
         if self._rounding == "down":
@@ -239,7 +243,7 @@ class Table:
         if s > 0 and self._stages[s - 1].ways:
             states.append("need")
         before = self._stages[s - 1]
-        if s == 0 or before.keeps_output or (before.selection is not None and before.selection.keeps_output):
+        if s == 0 or before.keeps_output or any(selection.keeps_output for selection in before.selections):
             states.append("hold")
         if self._problem.rounds:
             states += ["near"] if "need" in states else []
@@ -289,7 +293,7 @@ class Table:
 
     def _storing(self, s: int, state: State) -> Iterator[tuple[Move, _Part]]:
         """Ways to run block s and keep what its way back needs."""
-        stage, selection, output = self._stages[s], self._stages[s].selection, int(self._z[s + 1])
+        stage, output = self._stages[s], int(self._z[s + 1])
         own, own_slots = self._own(s, state)
         kept, kept_slots = (own, own_slots) if stage.keeps_input or state in _NEED else (0, 0)
 
@@ -313,12 +317,12 @@ class Table:
                 kept + stage.saved_bytes + stage.backward_bytes,
             ),
         )
-        if selection is not None:
+        for selection in stage.selections:
             yield (
-                _SELECTIVE,
+                _SELECTIVE[selection.how],
                 part(
                     selection.keeps_output,
-                    own_slots + self._products_slots[s],
+                    own_slots + self._products_slots[selection.how][s],
                     selection.forward_seconds + selection.backward_seconds,
                     selection.forward_bytes,
                     own + selection.products_bytes + selection.backward_bytes,
@@ -347,7 +351,11 @@ class Table:
             leaving = max(first, own + held + int(self._z[s + 1]))
             seconds = passes + np.float32(2 * own * place.seconds_per_byte)
             beside, alone = np.maximum(leaving, later + held), own + held + self._z + self._gradients
-            yield Move("checkpoint", place), _Part(after, self._held_slots[place.to][s], seconds, beside, alone), back
+            yield (
+                Move("checkpoint", place=place),
+                _Part(after, self._held_slots[place.to][s], seconds, beside, alone),
+                back,
+            )
 
     def _between(self, part: _Part, s: int, back: State, k: int | slice, t: int | slice, columns: slice) -> Array:
         """Of blocks s..t with z[s] kept while blocks k..t are done."""
@@ -426,13 +434,13 @@ class Table:
         if move.kind in ("store", "selective"):
             part = dict(self._storing(s, state))[move]
             output_held = part.after in _HOLD
-            steps += _pass(s, s, "all" if move.kind == "store" else "products", again=again)
+            steps += _pass(s, s, "all" if move.kind == "store" else SELECTIVE[move.how], again=again)
             if is_free and move.kind == "store":
                 steps.append(Free(s))
             self._emit(steps, t, s + 1, part.after, m - part.held_slots)
             if output_held:
                 steps.append(Free(s + 1))
-            steps.append(Backward(s, "saved" if move.kind == "store" else "selective"))
+            steps.append(Backward(s, "saved" if move.kind == "store" else move.how))
             if is_free and move.kind == "selective":
                 steps.append(Free(s))
         elif move.kind == "checkpoint":

@@ -22,6 +22,10 @@ from edgetrain.runtime.program import (
 from edgetrain.units import format_mib
 
 _PLACES: dict[Place, str] = {"host": "the host's memory", "disk": "a file", "bfloat16": "bfloat16"}
+_PRODUCTS: dict[Mode, str] = {
+    "selective": "its expensive convolutions and matrix products",
+    "selective_all": "its convolutions and matrix products",
+}
 _MODES: dict[str, Mode] = {mode: mode for mode in MODES}  # of a backward pass: named alike, but for "saved"
 
 
@@ -90,8 +94,8 @@ def _reason(i: int, mode: Mode, runs: int, cost: BlockCosts, time: BlockTimes, p
     if mode == "store":
         return f"keeps {format_mib(max(0, cost.saved_bytes))} for its gradient: there is room for it"
     waits = "" if place is None else f"; z[{i}] waits in {_PLACES[place]}"
-    if mode == "selective":
-        kept = cost.products_bytes
+    if mode == "selective" or mode == "selective_all":
+        kept = cost.products_bytes(mode)
         if cost.invertible:
             return (
                 "keeps its output besides its input, and gets its hidden activations from there: spares "
@@ -99,7 +103,7 @@ def _reason(i: int, mode: Mode, runs: int, cost: BlockCosts, time: BlockTimes, p
             )
         seconds = extra + (runs - 1) * time.forward
         return (
-            f"keeps the results of its convolutions and matrix products, {format_mib(max(0, kept))}, and runs the rest "
+            f"keeps the results of {_PRODUCTS[mode]}, {format_mib(max(0, kept))}, and runs what it needs of the rest "
             f"again: spares {format_mib(max(0, cost.saved_bytes - kept))} for {1e3 * seconds:.1f} ms{waits}"
         )
     if mode == "recompute":
@@ -138,8 +142,10 @@ def _others(
             reason = f"would hold {format_mib(max(0, cost.saved_bytes))} until its gradient is there, for {slower}"
         elif mode == "selective" and cost.invertible:
             reason = f"would hold its input and its output, for {slower}"
-        elif mode == "selective":
-            reason = f"would hold its input and {format_mib(max(0, cost.products_bytes))} of results, for {slower}"
+        elif mode == "selective" or mode == "selective_all":
+            reason = (
+                f"would hold its input and {format_mib(max(0, cost.products_bytes(mode)))} of results, for {slower}"
+            )
         elif mode == "recompute":
             reason = f"would hold its input or run from an earlier one, for {slower}"
         elif mode == "invert_selective":
@@ -156,6 +162,7 @@ def _extra(time: BlockTimes, mode: Mode) -> float:
     taken = {
         "store": stored,
         "selective": (time.forward_products or 0.0) + (time.backward_selective or 0.0),
+        "selective_all": (time.forward_all_products or 0.0) + (time.backward_selective_all or 0.0),
         "recompute": time.forward + (time.backward_recompute or 0.0),
         "invert": time.forward + (time.backward_invert or 0.0),
         "invert_selective": (time.forward_products_only or 0.0) + (time.backward_invert_selective or 0.0),

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from edgetrain.chain import Mode
 from edgetrain.runtime.program import (
     INVERSIONS,
+    SELECTIVE,
     Backward,
     Forward,
     Free,
@@ -27,17 +28,17 @@ from edgetrain.runtime.program import (
 
 _KEEP: dict[Mode, Keep] = {
     "store": "all",
-    "selective": "products",
+    **{selective: keep for selective, keep in SELECTIVE.items()},
     "recompute": "input",
     **{inversion: kept_by(inversion) for inversion in INVERSIONS},
 }
 _HOW: dict[Mode, How] = {
     "store": "saved",
-    "selective": "selective",
+    **{how: how for how in SELECTIVE},
     "recompute": "recompute",
     **{inversion: inversion for inversion in INVERSIONS},
 }
-_FROM_INPUT: tuple[Mode, ...] = ("selective", "recompute")
+_FROM_INPUT: tuple[Mode, ...] = (*SELECTIVE, "recompute")
 
 
 def schedule(

@@ -16,7 +16,7 @@ from edgetrain.memory.effects import Effect, Operand
 from edgetrain.memory.simulate import BFLOAT16_BYTES
 from edgetrain.memory.times import BlockTimes, Times
 from edgetrain.runtime.offload import can_be_rounded
-from edgetrain.runtime.program import INVERSIONS, Inversion, Place, kept_by
+from edgetrain.runtime.program import INVERSIONS, SELECTIVE, Inversion, Place, Selective, kept_by
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,14 @@ class Selection:
     """Keeping z[i] and the results of a block's products, and running the rest of it again.
 
     Attributes:
+        how: which results.
         products_bytes: what the forward pass leaves besides z[i] and z[i+1].
         keeps_output: whether one of the results is in the memory of z[i+1].
         forward_bytes: most bytes of the forward pass above z[i]; z[i+1] among them.
         backward_bytes: of the backward pass, above all that is kept and g[i+1].
     """
 
+    how: Selective
     products_bytes: int
     keeps_output: bool
     forward_seconds: float
@@ -72,7 +74,7 @@ class Stage:
         recompute_seconds: of it; None where the block cannot be run again.
         gradient_bytes: of its parameters, which its backward pass leaves.
         ways: of inverting it.
-        selection: None where the block does not allow it.
+        selections: of the results that are kept.
     """
 
     output_bytes: int
@@ -91,7 +93,7 @@ class Stage:
     recompute_bytes: int
     gradient_bytes: int
     ways: tuple[Way, ...] = ()
-    selection: Selection | None = None
+    selections: tuple[Selection, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,7 @@ def problem_of(
                 recompute_bytes=max(after, _peak(again, sizes, i, {"dy"})) if again else 0,
                 gradient_bytes=cost.gradient_bytes,
                 ways=tuple(ways),
-                selection=None if "selective" in noisy else _selection(block, cost, time, sizes, i, after),
+                selections=() if "selective" in noisy else _selections(block, cost, time, sizes, i, after),
             )
         )
     places = []
@@ -250,22 +252,32 @@ def _way(how: Inversion, cost: BlockCosts, time: BlockTimes, sizes: Sequence[int
     )
 
 
-def _selection(
+def _selections(
     block: Block, cost: BlockCosts, time: BlockTimes, sizes: Sequence[int], i: int, after: int
-) -> Selection | None:
-    """``after``: bytes above z[i] and g[i+1] that are needed once the gradients are there."""
-    if not block.allows("selective") or time.forward_products is None or time.backward_selective is None:
-        return None
-    forward = _named(cost, "forward products")
-    backward = _named(cost, "backward selective after forward products")
-    return Selection(
-        products_bytes=max(0, cost.products_bytes),
-        keeps_output="y" in forward.kept,
-        forward_seconds=time.forward_products,
-        forward_bytes=_peak(forward, sizes, i, set()),
-        backward_seconds=time.backward_selective,
-        backward_bytes=max(after, _peak(backward, sizes, i, {"dy", "y"})),
-    )
+) -> tuple[Selection, ...]:
+    """Those that differ in what they keep.
+
+    Args:
+        after: bytes above z[i] and g[i+1] that are needed once the gradients are there.
+    """
+    found: dict[int, Selection] = {}
+    for how, keep in SELECTIVE.items():
+        forward_seconds, backward_seconds = time.forward_seconds(keep), time.backward_seconds(how)
+        if not block.allows(how) or forward_seconds is None or backward_seconds is None:
+            continue
+        forward, backward = _named(cost, f"forward {keep}"), _named(cost, f"backward {how} after forward {keep}")
+        kept = max(0, cost.products_bytes(how))
+        selection = Selection(
+            how=how,
+            products_bytes=kept,
+            keeps_output="y" in forward.kept,
+            forward_seconds=forward_seconds,
+            forward_bytes=_peak(forward, sizes, i, set()),
+            backward_seconds=backward_seconds,
+            backward_bytes=max(after, _peak(backward, sizes, i, {"dy", "y"})),
+        )
+        found.setdefault(kept, selection)
+    return tuple(found.values())
 
 
 def _named(cost: BlockCosts, name: str) -> Effect:

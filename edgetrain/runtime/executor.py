@@ -31,6 +31,7 @@ from edgetrain.nn.selective import Products
 from edgetrain.runtime.offload import Offloaded, offload
 from edgetrain.runtime.program import (
     DROPPING,
+    SELECTIVE,
     Backward,
     Fetch,
     Forward,
@@ -181,7 +182,7 @@ class Execution:
                         self._forward_again(block, keep)
             case Backward(block, "saved"):
                 self._backward_saved(block)
-            case Backward(block, "selective"):
+            case Backward(block, "selective" | "selective_all"):
                 self._backward_selective(block)
             case Backward(block, "recompute"):
                 self._backward_again(block)
@@ -263,19 +264,20 @@ class Execution:
         self._z[i + 1], self._products[i] = y, _Output(y)
 
     def _keeping(self, i: int, keep: Keep) -> contextlib.AbstractContextManager[object]:
-        if keep != "products":
+        if keep not in SELECTIVE.values():
             return contextlib.nullcontext()
         products = self._products[i] = Products()
         return products.keeping()
 
     def _choose(self, i: int, keep: Keep) -> None:
         """Which of the products' results stay, now that all of the block has run."""
-        if keep != "products":
+        if keep not in SELECTIVE.values():
             return
         products, liveness = self._products[i], self._records[i].liveness
         assert isinstance(products, Products)
         assert liveness is not None
-        products.choose(dead=liveness.dead_products, output=self._z[i + 1] if liveness.gains_by_output else None)
+        output = self._z[i + 1] if liveness.gains_by_output else None
+        products.choose(cheap=keep == "all_products", dead=liveness.dead_products, output=output)
 
     def _backward_saved(self, i: int) -> None:
         """The backward pass of a whole run when its last block's turn comes."""
@@ -311,6 +313,9 @@ class Execution:
         try:
             rerun = self._rerun(i, products, skip=True)
         except OtherCallsError:
+            liveness = self._records[i].liveness
+            assert liveness is not None
+            liveness.forget()
             rerun = self._rerun(i, None, skip=False)
         gradient = rerun.backward(self._g.pop(i + 1))
         if gradient is not None:

@@ -6,6 +6,7 @@ Blocks are numbered 0..L-1; ``z[i]`` is the input of block i and ``g[i]`` the gr
 |------------------------------|------------------------|---------------------------------------------------------|
 | forward i keep=all           | z[i]                   | z[i+1], and what autograd saves for block i; z[i] stays |
 | forward i keep=products      | z[i]                   | z[i+1], and results of its products (*); z[i] stays     |
+| forward i keep=all_products  | z[i]                   | likewise, with the results of all its products          |
 | forward i keep=products_only | z[i]                  | the same, but z[i] is gone, z[i+1] in its memory        |
 | forward i keep=input         | z[i]                   | z[i+1]; z[i] stays                                      |
 | forward i keep=nothing       | z[i]                   | z[i+1]; z[i] is gone, in its memory where block i can   |
@@ -13,6 +14,7 @@ Blocks are numbered 0..L-1; ``z[i]`` is the input of block i and ``g[i]`` the gr
 | head                         | z[L]                   | g[L]: the loss is the caller's                          |
 | backward i saved             | g[i+1], saved          | g[i]                                                    |
 | backward i selective         | g[i+1], z[i], products | g[i]; z[i] stays, the products are gone                 |
+| backward i selective_all     | as selective           | as selective, after keep=all_products                   |
 | backward i recompute         | g[i+1], z[i]           | g[i]; z[i] stays                                        |
 | backward i invert            | g[i+1], z[i+1]         | g[i] and z[i], in the memory of g[i+1] and z[i+1]       |
 | backward i invert_selective  | as invert, products    | as invert; the products are gone                        |
@@ -35,10 +37,13 @@ from typing import Any, ClassVar, Literal, get_args
 
 from edgetrain.errors import ModelError
 
-Keep = Literal["all", "products", "products_only", "input", "nothing"]
+Keep = Literal["all", "products", "all_products", "products_only", "input", "nothing"]
 Inversion = Literal["invert", "invert_selective", "invert_layerwise"]
 INVERSIONS: tuple[Inversion, ...] = get_args(Inversion)
-How = Literal["saved", "selective", "recompute", Inversion]
+Selective = Literal["selective", "selective_all"]
+SELECTIVE: dict[Selective, Keep] = {"selective": "products", "selective_all": "all_products"}
+"""Backward passes that start from results of products, and the forward passes that leave these."""
+How = Literal["saved", Selective, "recompute", Inversion]
 DROPPING: tuple[Keep, ...] = ("products_only", "nothing")
 """Passes after which z[i] is gone."""
 Place = Literal["host", "disk", "bfloat16"]

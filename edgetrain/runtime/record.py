@@ -33,15 +33,13 @@ class Record:
             with recording(), within:
                 y = self._module(x)
         else:
-            replay = self._replay = Replay(self._module, x.device)
+            replay = self._replay = Replay(self._module, x)
 
-            def watched() -> Tensor:
-                with within, replay.liveness.watching() as watching:
-                    output: Tensor = self._module(x)
-                    watching.gave(output)
-                return output
+            def run() -> Tensor:
+                with within:
+                    return replay.liveness.run(self._module, x)
 
-            y = replay.first(watched)
+            y = replay.first(run)
         self._state = saved_state(self._module)
         return y
 
@@ -54,7 +52,7 @@ class Record:
 
     @property
     def liveness(self) -> Liveness | None:
-        """Of the first pass; None for an invertible module."""
+        """Of a pass; None for an invertible module."""
         return None if self._replay is None else self._replay.liveness
 
     def skipping(self, output: Tensor | None) -> contextlib.AbstractContextManager[object]:

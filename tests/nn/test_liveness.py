@@ -174,15 +174,8 @@ class Counting(TorchDispatchMode):
 
 
 def recorded(module: nn.Module, x: Tensor) -> tuple[Replay, Tensor]:
-    replay = Replay(module, x.device)
-
-    def run() -> Tensor:
-        with replay.liveness.watching() as watching:
-            y: Tensor = module(x)
-            watching.gave(y)
-        return y
-
-    return replay, replay.first(run)
+    replay = Replay(module, x)
+    return replay, replay.first(lambda: replay.liveness.run(module, x))
 
 
 def gradients(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from edgetrain.planner.stages import Problem, Stage, Way
-from edgetrain.runtime.program import Backward, Fetch, Forward, Free, Head, Instruction, Offload, Recompute
+from edgetrain.planner.stages import Problem, Selection, Stage, Way
+from edgetrain.runtime.program import SELECTIVE, Backward, Fetch, Forward, Free, Head, Instruction, Offload, Recompute
 
 Steps = tuple[Instruction, ...]
 
@@ -41,11 +41,11 @@ def _between(
     for rest in _between(problem, s + 1, t, foreign=stage.keeps_output, needed=False, rounded=rounded):
         drop: Steps = (Free(s + 1),) if stage.keeps_output else ()
         yield (*run(s, "all"), *end, *rest, *drop, Backward(s, "saved"))
-    if stage.selection is not None:
-        kept = stage.selection.keeps_output
+    for selection in stage.selections:
+        kept = selection.keeps_output
         for rest in _between(problem, s + 1, t, foreign=kept, needed=False, rounded=rounded):
             drop = (Free(s + 1),) if kept else ()
-            yield (*run(s, "products"), *rest, *drop, Backward(s, "selective"), *end)
+            yield (*run(s, SELECTIVE[selection.how]), *rest, *drop, Backward(s, selection.how), *end)
     if stage.recompute_seconds is not None:
         if s == t < count - 1:
             yield (Backward(s, "recompute"), *end)
@@ -77,14 +77,17 @@ def _between(
                         yield (*forward, *rest, *reversed(backward), *end)
 
 
+def _keeping(stage: Stage, keep: str) -> Selection:
+    return next(selection for selection in stage.selections if SELECTIVE[selection.how] == keep)
+
+
 def _keeping_products(stage: Stage) -> Way:
     return next(way for way in stage.ways if way.how == "invert_selective")
 
 
 def _forward_seconds(stage: Stage, keep: str) -> float:
-    if keep == "products":
-        assert stage.selection is not None
-        return stage.selection.forward_seconds
+    if keep in SELECTIVE.values():
+        return _keeping(stage, keep).forward_seconds
     if keep == "products_only":
         return _keeping_products(stage).forward_seconds
     return {"all": stage.forward_all_seconds, "input": stage.forward_seconds, "nothing": stage.dropping_seconds}[keep]
@@ -104,9 +107,8 @@ def seconds_of(problem: Problem, steps: Steps) -> float:
             stage = problem.stages[step.block]
             if step.how == "saved":
                 total += stage.backward_seconds
-            elif step.how == "selective":
-                assert stage.selection is not None
-                total += stage.selection.backward_seconds
+            elif step.how in SELECTIVE:
+                total += _keeping(stage, SELECTIVE[step.how]).backward_seconds
             elif step.how == "recompute":
                 assert stage.recompute_seconds is not None
                 total += stage.recompute_seconds
@@ -126,13 +128,13 @@ def peak_of(problem: Problem, steps: Steps) -> int:
     holders = {i: 0 for i in range(count + 1)}
     holders[0] = 1
     named, graphs, gradient, trained, away = {0}, dict[int, list[int]](), None, 0, dict[int, int]()
-    products, inverting = dict[int, list[int]](), set[int]()
+    products, inverting = dict[int, tuple[Selection, list[int]]](), set[int]()
     peak = 0
 
     def level() -> int:
         kept = sum(size[i] for i, number in holders.items() if number and i > 0)
         saved = sum(problem.stages[i].saved_bytes for i in graphs)
-        saved += sum(stage.selection.products_bytes for i in products if (stage := problem.stages[i]).selection)
+        saved += sum(selection.products_bytes for selection, _ in products.values())
         saved += sum(_keeping_products(problem.stages[i]).held_bytes for i in inverting)
         return kept + saved + trained + sum(away.values()) + (size[gradient] if gradient is not None else 0)
 
@@ -145,8 +147,8 @@ def peak_of(problem: Problem, steps: Steps) -> int:
         stage = problem.stages[i]
         assert i in named
         extra = {"all": stage.forward_all_bytes, "input": stage.forward_bytes, "nothing": stage.dropping_bytes}
-        if stage.selection is not None:
-            extra["products"] = stage.selection.forward_bytes
+        for selection in stage.selections:
+            extra[SELECTIVE[selection.how]] = selection.forward_bytes
         if keep == "products_only":
             extra[keep] = _keeping_products(stage).forward_bytes
         peak = max(peak, level() + extra[keep])
@@ -161,10 +163,10 @@ def peak_of(problem: Problem, steps: Steps) -> int:
             graphs[i] = [i] * stage.keeps_input + [i + 1] * stage.keeps_output
             for held in graphs[i]:
                 holders[held] += 1
-        if keep == "products":
-            assert stage.selection is not None
-            products[i] = [i + 1] * stage.selection.keeps_output
-            for held in products[i]:
+        if keep in SELECTIVE.values():
+            selection = _keeping(stage, keep)
+            products[i] = selection, [i + 1] * selection.keeps_output
+            for held in products[i][1]:
                 holders[held] += 1
 
     for step in steps:
@@ -196,11 +198,13 @@ def peak_of(problem: Problem, steps: Steps) -> int:
                 peak = max(peak, level() + stage.backward_bytes)
                 for held in graphs.pop(step.block):
                     holders[held] -= 1
-            elif step.how == "selective":
-                assert stage.selection is not None
+            elif step.how in SELECTIVE:
                 assert step.block in named
-                peak = max(peak, level() + stage.selection.backward_bytes)
-                for held in products.pop(step.block):
+                selection, shared = products[step.block]
+                assert selection.how == step.how
+                peak = max(peak, level() + selection.backward_bytes)
+                del products[step.block]
+                for held in shared:
                     holders[held] -= 1
             elif step.how == "recompute":
                 assert step.block in named

@@ -13,7 +13,7 @@ from schedules import every_schedule, peak_of, seconds_of
 
 from edgetrain.planner.dynamic import Table
 from edgetrain.planner.stages import Away, Problem, Selection, Stage, Way
-from edgetrain.runtime.program import Backward, Fetch, Forward, Instruction, Offload, Recompute
+from edgetrain.runtime.program import SELECTIVE, Backward, Fetch, Forward, Instruction, Offload, Recompute
 
 small = st.integers(0, 4)
 whole_seconds = st.integers(1, 9).map(float)
@@ -27,7 +27,6 @@ def stages(draw: st.DrawFn, given: int) -> Stage:
     forward, saved = draw(whole_seconds), draw(small)
     invertible, recompute = draw(st.booleans()), draw(st.integers(0, 5)) > 0
     inverse_bytes = gradients + max(0, 2 * (given - output))
-    products = draw(small)
     dropping = draw(whole_seconds), output + draw(small)  # seconds, bytes
     ways = [Way("invert", draw(whole_seconds), inverse_bytes + draw(small), 0, *dropping)]
     if draw(st.booleans()):
@@ -36,14 +35,20 @@ def stages(draw: st.DrawFn, given: int) -> Stage:
         held = draw(small)
         keeping = draw(whole_seconds), output + held + draw(small)
         ways.append(Way("invert_selective", draw(whole_seconds), inverse_bytes + draw(small), held, *keeping))
-    selection = Selection(
-        products_bytes=products,
-        keeps_output=draw(st.booleans()),
-        forward_seconds=draw(whole_seconds),
-        forward_bytes=output + products + draw(small),
-        backward_seconds=draw(whole_seconds),
-        backward_bytes=left + draw(small),
-    )
+    selections = []
+    for how in draw(st.sets(st.sampled_from(sorted(SELECTIVE)))):
+        products = draw(small)
+        selections.append(
+            Selection(
+                how=how,
+                products_bytes=products,
+                keeps_output=draw(st.booleans()),
+                forward_seconds=draw(whole_seconds),
+                forward_bytes=output + products + draw(small),
+                backward_seconds=draw(whole_seconds),
+                backward_bytes=left + draw(small),
+            )
+        )
     return Stage(
         output_bytes=output,
         saved_bytes=saved,
@@ -61,7 +66,7 @@ def stages(draw: st.DrawFn, given: int) -> Stage:
         recompute_bytes=left + draw(small),
         gradient_bytes=gradients,
         ways=tuple(ways) if invertible else (),
-        selection=selection if recompute and not invertible and draw(st.booleans()) else None,
+        selections=tuple(selections) if recompute and not invertible else (),
     )
 
 

@@ -119,7 +119,7 @@ def test_blocks_that_keep_the_results_of_their_products_say_so() -> None:
     assert plan.peak_bytes <= budget
     assert "selective" in plan.modes
     reason = plan.reasons[plan.modes.index("selective")]
-    assert "keeps the results of its convolutions and matrix products, " in reason
+    assert "keeps the results of its expensive convolutions and matrix products, " in reason
     assert "spares" in reason
     assert any(other.name == "selective" for other in plan.rejected[plan.modes.index("store")])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ from programs import Closed, conv
 from torch import Tensor, nn
 
 import edgetrain
-from edgetrain.chain import chain_of
+from edgetrain.chain import Mode, chain_of
 from edgetrain.memory import measure_costs, measure_peak, simulate
 from edgetrain.nn.slices import SLICE_BYTES
 from edgetrain.planner import Plan
+from edgetrain.planner.schedule import schedule
 from edgetrain.runtime import Backward, Forward, Free, Head, Instruction, Program, Recompute
+from edgetrain.runtime.program import SELECTIVE, Selective
 
 BOUND = 1e-10
 SHAPE = (3, 3, 8, 8)
@@ -163,13 +166,52 @@ def assert_same_steps(model: nn.Module, plan: Plan, shape: tuple[int, ...] = SHA
 
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_the_step_of_plain_autograd(name: str, program: str) -> None:
+@pytest.mark.parametrize("how", SELECTIVE)
+def test_the_step_of_plain_autograd(name: str, program: str, how: Selective) -> None:
     model = network(name)
     chain = chain_of(model)
     assert len(chain.blocks) == 3
     assert all(block.allows("selective") for block in chain.blocks)
-    steps = Program(tuple(b.name for b in chain.blocks), chain.shapes(SHAPE), PROGRAMS[program])
-    assert_same_steps(model, Plan(("selective",) * 3, ("",) * 3, steps))
+    instructions = tuple(with_results(step, how) for step in PROGRAMS[program])
+    steps = Program(tuple(b.name for b in chain.blocks), chain.shapes(SHAPE), instructions)
+    assert_same_steps(model, Plan((how,) * 3, ("",) * 3, steps))
+
+
+def with_results(step: Instruction, how: Selective) -> Instruction:
+    """``step`` if results are kept as before ``how``."""
+    if isinstance(step, Forward | Recompute) and step.keep == "products":
+        return replace(step, keep=SELECTIVE[how])
+    return Backward(step.block, how) if isinstance(step, Backward) else step
+
+
+class Changing(nn.Module):
+    """Ends with a convolution and a sum, or with no more than the sum, or takes the convolution twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.count = conv(8, 8), conv(8, 8), 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        for _ in range(self.count):
+            y = self.last(F.relu(y))
+        return y + x
+
+
+@pytest.mark.parametrize("mode", ["selective", "selective_all", "recompute"])
+def test_a_block_that_changes_from_step_to_step(mode: Mode) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3, 8), Changing(), Closed(nn.Flatten(), nn.Linear(512, 10))).double()
+    reference = copy.deepcopy(model)
+    chain = chain_of(model)
+    shapes, names = chain.shapes(SHAPE), [block.name for block in chain.blocks]
+    net = edgetrain.wrap(model, Plan(modes := ("store", mode, "store"), ("",) * 3, schedule(names, shapes, modes)))
+    x = torch.randn(SHAPE, dtype=torch.double)
+    for count in (1, 1, 2, 0, 0, 1):
+        model[1].count = reference[1].count = count
+        torch.testing.assert_close(step(net, x), step(reference, x), rtol=BOUND, atol=BOUND)
+        for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=BOUND, atol=BOUND)
 
 
 @pytest.mark.parametrize("name", ["in place", "residual in place", "attention"])
