@@ -301,7 +301,7 @@ def _refusals(module: nn.Module) -> dict[Mode, str]:
     elif between:
         refusals["selective_all"] = "it goes back from its input and output"
     elif len(factors) == 1:
-        refusals["selective_all"] = "it has one convolution or matrix product"
+        refusals["selective_all"] = "it has the weights of one convolution or matrix product alone"
     if not isinstance(module, Invertible):
         reason = f"{type(module).__name__} has no inverse"
         return {**refusals, "invert": reason, "invert_selective": reason, "invert_layerwise": reason}

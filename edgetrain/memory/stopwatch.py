@@ -18,7 +18,7 @@ from edgetrain.chain import Block
 from edgetrain.memory.step import Loss
 from edgetrain.nn.invertible import Invertible
 from edgetrain.nn.layouts import channels_last_strides
-from edgetrain.nn.max_pool import lean_pooling_in
+from edgetrain.nn.lean import lean_operators_in
 from edgetrain.runtime.executor import Execution, Updater
 from edgetrain.runtime.offload import offload
 from edgetrain.runtime.program import INVERSIONS, SELECTIVE, Backward, Forward, Head, Place, Program, Update, kept_by
@@ -148,7 +148,7 @@ def keep_all_seconds(blocks: Sequence[Block], x: Sample, loss: Loss, clock: Cloc
     with torch.enable_grad():
         y = batch
         for block in blocks:
-            with lean_pooling_in(block.module):
+            with lean_operators_in(block.module):
                 y = block.module(y)
         loss(y).backward()
     _wait_for(x.device)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from edgetrain.nn.max_pool import with_lean_pooling
+from edgetrain.nn.lean import with_lean_operators
 from edgetrain.nn.normalisation import Statistics, batch_moments, normalise, update_running
 from edgetrain.nn.sliced import conv2d
 
@@ -37,7 +37,7 @@ class _Intercept(TorchFunctionMode):
             call = BatchNormCall(*args, **kwargs)
             if call.reusable:
                 return call.with_statistics(self.statistics_of(call))
-        return with_lean_pooling(func, args, kwargs)
+        return with_lean_operators(func, args, kwargs)
 
     def statistics_of(self, call: BatchNormCall) -> Statistics:
         raise NotImplementedError

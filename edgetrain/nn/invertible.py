@@ -12,7 +12,6 @@ last, in all tensors of a call alike, for a layer that says :attr:`keeps_layout 
 
 from __future__ import annotations
 
-import contextlib
 from abc import abstractmethod
 from dataclasses import dataclass
 
@@ -24,6 +23,7 @@ from edgetrain.errors import ModelError
 from edgetrain.nn.entry import entered
 from edgetrain.nn.grid import Grid
 from edgetrain.nn.layouts import copied, memory_format
+from edgetrain.nn.liveness import Skipping
 from edgetrain.nn.replay import Replay, replaying
 from edgetrain.nn.slices import batch_slices
 
@@ -153,9 +153,6 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
-_NOTHING = contextlib.nullcontext()
-
-
 @dataclass(slots=True)
 class _Caught:
     gradient: Tensor | None = None
@@ -168,10 +165,11 @@ class Rerun:
         x: input, left alone.
         replay: what was recorded when ``module`` ran before; None for layers that keep their own statistics.
         input_gradient: whether :meth:`backward` shall give one.
-        within: goes around the call of ``module`` alone.
+        skipping: runs ``module`` instead of calling it.
 
     Raises:
         ModelError: the module overwrites its input.
+        OtherCallsError: the pass is not the one that ``skipping`` was prepared for.
     """
 
     def __init__(
@@ -181,16 +179,15 @@ class Rerun:
         *,
         replay: Replay | None,
         input_gradient: bool = True,
-        within: contextlib.AbstractContextManager[object] = _NOTHING,
+        skipping: Skipping | None = None,
     ) -> None:
         self._caught = _Caught()
         self._like = (x.shape, x.dtype, x.device) if input_gradient else None
         version = x._version
         with torch.enable_grad(), replaying() if replay is None else replay.again():
-            x_entered = entered(x, self._caught) if input_gradient else x.detach()
-            with within:
-                output = module(x_entered)
-            del x_entered
+            argument = entered(x, self._caught) if input_gradient else x.detach()
+            output = module(argument) if skipping is None else skipping.run(module, argument)
+            del argument
         if x._version != version:
             raise ModelError(
                 found=f"a module {type(module).__name__} that overwrites its input",

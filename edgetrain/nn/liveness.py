@@ -8,18 +8,18 @@ none of its terms, that of batch norm its input alone, that of ReLU the signs of
 
 the second pass computes ``conv(h)``; neither the normalisation nor the sum, nor the maximum if ``y`` has been kept, nor
 the sum if it has not. Compilers call a value *live* at a point if something after it reads it, and drop code whose
-results are dead. Here the first pass notes which operators were called on what (:meth:`Liveness.run`), liveness follows
-from the last one back to the first, and in the second pass a dead result is a tensor without memory for its elements,
-NaN throughout, with the history that autograd needs (:meth:`Liveness.skipping`). A pass is watched in the first step
-alone: what was called then is known by module and input (:func:`liveness_of`).
+results are dead. Here the first pass notes which operators were called on what (:func:`run`), liveness follows from the
+last one back to the first (:class:`Course`), and in the second pass a dead result is a tensor without memory for its
+elements, NaN throughout, with the history that autograd needs (:class:`Skipping`). A pass is watched in the first step
+alone: what was called then is known by module and form of the input.
 
 Whatever is not one of the operators known here reads its operands, and is run again. A module whose second pass calls
-other operators, or the same ones on other tensors or without autograd, is noticed: :class:`OtherCallsError`.
+other functions, or an operator on other results or without autograd, or gives another result, is noticed:
+:class:`OtherCallsError`. In modules with hooks, which may look at anything, all is live.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -61,6 +61,10 @@ class Part:
         return x.narrow(self.dim, self.start, self.length)
 
 
+_Treated = tuple[tuple[Treatment, ...], dict[int, tuple[Part, ...]]]
+"""The treatment of each call, and which parts of the output known results are."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Operator:
     """A call of an operator whose result its gradient can do without.
@@ -71,6 +75,7 @@ class _Operator:
         without_result: the call under autograd: (result without values, statistics of a batch norm) -> result.
         with_result: likewise where the result is known and nothing else is; None where it is no help.
         parts: what of the result the operands are, where they are no more than that.
+        keeps_result: whether torch would save its result, in the place of what is ``needed``.
         is_product: as of :func:`edgetrain.nn.products.product_of`.
     """
 
@@ -79,23 +84,32 @@ class _Operator:
     without_result: Callable[[Tensor, Callable[[], Statistics]], Tensor]
     with_result: Callable[[Tensor], Tensor] | None = None
     parts: tuple[Part, ...] = ()
+    keeps_result: bool = False
     in_place: bool = False
     is_product: bool = False
 
+    @property
+    def shapes(self) -> tuple[torch.Size, ...]:
+        """Of the operands."""
+        return tuple(operand.shape for operand in self.operands)
 
-@dataclass(slots=True)
+
+@dataclass(frozen=True, slots=True)
 class _Call:
-    """A call in the first pass; results are numbered as the calls are.
+    """A call in a pass; results are numbered as the calls are.
 
     Attributes:
         operands: numbers of those that are results; None for all others.
+        shapes: of the operands.
         given_result: whether a known result takes the place of all operands.
     """
 
     operands: tuple[int | None, ...]
+    shapes: tuple[torch.Size, ...]
     needed: tuple[bool, ...]
     given_result: bool
     parts: tuple[Part, ...]
+    keeps_result: bool
     in_place: bool
     is_product: bool
     shape: torch.Size
@@ -107,130 +121,167 @@ class _Call:
         return torch.full((), torch.nan, dtype=self.dtype, device=self.device).expand(self.shape)
 
 
-class Liveness:
-    """What one pass of a module calls, and what of it a later one has to compute."""
+@dataclass(frozen=True)
+class Course:
+    """What a pass of a module called, and what of it a second one has to compute.
 
-    def __init__(self) -> None:
-        self.forget()
+    Attributes:
+        steps: the functions, in order.
+        calls: those that are known here.
+        read: numbers of results that others read.
+        output: number of what the module gave; None if it is none of these results.
+    """
 
-    def forget(self) -> None:
-        """The next pass is watched."""
-        self._course: list[_Step] = []
-        self._calls: list[_Call] = []
-        self._read: set[int] = set()  # by operators that are not known here
-        self._output: int | None = None
-        self._treatments: dict[bool, tuple[Treatment, ...]] = {}
-        self._known: dict[int, tuple[Part, ...]] = {}
-        self._watched = False
-
-    def run(self, module: nn.Module, x: Tensor) -> Tensor:
-        """The output of ``module`` for ``x``, without autograd; watched, unless a pass was.
-
-        Whether a pass that was watched in an earlier step is still what the module does, its second pass finds out.
-        """
-        y: Tensor
-        if self._watched:
-            y = module(x)
-            return y
-        self.forget()
-        watching = _Watching(self._course, self._calls, self._read)
-        with watching:
-            y = module(x)
-        self._output, self._watched = watching.number_of(y), True
-        return y
+    steps: tuple[_Step, ...] = ()
+    calls: tuple[_Call, ...] = ()
+    read: frozenset[int] = frozenset()
+    output: int | None = None
 
     @property
     def dead_products(self) -> tuple[bool, ...]:
         """For each product of the pass whether nobody needs its result if the module's output is known."""
-        found = self._treated(output_known=True)
-        return tuple(t != "computed" for call, t in zip(self._calls, found, strict=True) if call.is_product)
+        treatments = self._given_output[0]
+        return tuple(t != "computed" for call, t in zip(self.calls, treatments, strict=True) if call.is_product)
 
     @property
     def gains_by_output(self) -> bool:
         """Whether less has to be computed if the module's output is known."""
-        without, with_output = (self._treated(output_known=known) for known in (False, True))
-        return with_output.count("computed") < without.count("computed")
+        return self._given_output[0].count("computed") < self._given_input[0].count("computed")
 
     def skipping(
-        self, output: Tensor | None, statistics: Callable[[], Statistics]
-    ) -> contextlib.AbstractContextManager[object]:
-        """Goes next to the second call of the module, under autograd: what is dead inside is not computed.
+        self, output: Tensor | None, statistics: Callable[[], Statistics], pass_over: Callable[[], None]
+    ) -> Skipping | None:
+        """Runs the module a second time; None if there is nothing to skip.
 
         Args:
-            output: of the first call, if it is known.
+            output: of the first pass, if it is known.
             statistics: gives those of the next batch norm.
-
-        Raises:
-            OtherCallsError: inside, where the calls are not those of the first pass.
+            pass_over: told of each product that is not computed.
         """
-        treatments = self._treated(output_known=output is not None)
+        if output is not None and self.output is not None and output.shape != self.calls[self.output].shape:
+            output = None
+        treatments, parts = self._given_input if output is None else self._given_output
         if all(treatment == "computed" for treatment in treatments):
-            return contextlib.nullcontext()
+            return None
         known: dict[int, Tensor] = {}
         if output is not None:
-            for number, parts in self._known.items():
-                known[number] = functools.reduce(lambda y, part: part.of(y), parts, output.detach())
-        return _Skipping(self._course, self._calls, treatments, known, statistics)
+            for number, path in parts.items():
+                known[number] = functools.reduce(lambda y, part: part.of(y), path, output.detach())
+        return Skipping(self, treatments, known, statistics, pass_over)
 
-    def _treated(self, *, output_known: bool) -> tuple[Treatment, ...]:
-        found = self._treatments.get(output_known)
-        if found is None:
-            found = self._treatments[output_known] = self._follow_back(output_known=output_known)
-        return found
+    @functools.cached_property
+    def _given_input(self) -> _Treated:
+        return self._follow_back(output_known=False)
 
-    def _follow_back(self, *, output_known: bool) -> tuple[Treatment, ...]:
+    @functools.cached_property
+    def _given_output(self) -> _Treated:
+        return self._follow_back(output_known=True)
+
+    def _follow_back(self, *, output_known: bool) -> _Treated:
         """From the last call to the first: who reads a result is known before the call that gives it is reached."""
-        live = set(self._read)
-        overwriting = {call.operands[0]: number for number, call in enumerate(self._calls) if call.in_place}
+        live = set(self.read)
+        overwriting = {call.operands[0]: number for number, call in enumerate(self.calls) if call.in_place}
         known: dict[int, tuple[Part, ...]] = {}
-        if output_known and self._output is not None:
-            known[self._output] = ()
+        if output_known and self.output is not None:
+            known[self.output] = ()
+        handed: dict[int, tuple[Part, ...]] = {}
         treatments: list[Treatment] = []
-        for number in reversed(range(len(self._calls))):
-            call, parts = self._calls[number], known.get(number)
-            operands = [(n, needed) for n, needed in zip(call.operands, call.needed, strict=True) if n is not None]
-            if call.in_place and (call.operands[0] is None or call.operands[0] in self._read):
-                live.add(number)  # somebody may see what it overwrites
-            if any(needed and (n in self._read or overwriting.get(n, number) != number) for n, needed in operands):
-                live.add(number)  # what its gradient would need instead of its result may be overwritten
-            is_safe = number not in self._read and number not in overwriting
-            if parts is not None and is_safe and call.given_result:
-                self._known[number] = parts
+        for number in reversed(range(len(self.calls))):
+            call, parts = self.calls[number], known.get(number)
+            operands = [n for n in call.operands if n is not None]
+            if call.in_place and (call.operands[0] is None or call.operands[0] in self.read):
+                treatments.append("computed")  # somebody may see what it overwrites
+                live.update(operands)
+                continue
+            if parts is not None and call.given_result and number not in self.read and number not in overwriting:
+                handed[number] = parts
                 treatments.append("known")
-            elif number in live:
-                live.update(n for n, _ in operands)
+                continue
+            needed = [n for n, is_needed in zip(call.operands, call.needed, strict=True) if is_needed]
+            # what its gradient would need in the place of its result may be overwritten
+            risky = call.keeps_result and any(n is None or n in self.read for n in needed)
+            risky |= any(overwriting.get(n, number) != number for n in needed if n is not None)
+            if number in live or risky:
+                live.update(operands)
                 treatments.append("computed")
-            else:
-                live.update(n for n, needed in operands if needed)
-                if parts is not None:
-                    known.update(
-                        {n: (*parts, part) for n, part in zip(call.operands, call.parts, strict=False) if n is not None}
-                    )
-                treatments.append("dead")
-        return tuple(reversed(treatments))
+                continue
+            live.update(n for n in needed if n is not None)
+            if parts is not None:
+                pairs = zip(call.operands, call.parts, strict=False)
+                known.update({n: (*parts, part) for n, part in pairs if n is not None})
+            treatments.append("dead")
+        return tuple(reversed(treatments)), handed
 
 
-_seen: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], Liveness]] = WeakKeyDictionary()
+@dataclass(slots=True)
+class _Seen:
+    """Passes of a module over one form of input.
+
+    Attributes:
+        course: the one that was watched; None: the next one is.
+        failures: second passes that were others.
+    """
+
+    course: Course | None = None
+    failures: int = 0
 
 
-def liveness_of(module: nn.Module, x: Tensor) -> Liveness:
-    """That of earlier passes of ``module`` over inputs like ``x``."""
-    key = x.shape, x.dtype, x.device, module.training
-    return _seen.setdefault(module, {}).setdefault(key, Liveness())
+_seen: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], _Seen]] = WeakKeyDictionary()
+_MOST_FORMS, _MOST_FAILURES = 8, 2
+
+
+def run(module: nn.Module, x: Tensor) -> tuple[Tensor, Course]:
+    """The output of ``module`` for ``x``, without autograd, and its course: of this pass, or of one of an earlier step.
+
+    Whether an earlier one is still what the module does, a second pass finds out.
+    """
+    forms = _seen.setdefault(module, {})
+    form = x.shape, x.dtype, x.device, module.training
+    seen = forms.get(form)
+    if seen is None:
+        if len(forms) >= _MOST_FORMS:
+            del forms[next(iter(forms))]
+        seen = forms[form] = _Seen()
+    if seen.course is not None:
+        return module(x), seen.course
+    if any(_has_hooks(layer) for layer in module.modules()):
+        course = Course()
+        y: Tensor = module(x)
+    else:
+        watching = _Watching()
+        with watching:
+            y = module(x)
+        course = watching.course_to(y)
+    seen.course = course
+    return y, course
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    forward, backward = layer._forward_pre_hooks or layer._forward_hooks, layer._backward_pre_hooks
+    return bool(forward or backward or layer._backward_hooks)
+
+
+def took_another(module: nn.Module, course: Course) -> None:
+    """The second pass of ``module`` was not ``course``: the next one is watched, or nothing more is skipped."""
+    for seen in _seen.get(module, {}).values():
+        if seen.course is course:
+            seen.failures += 1
+            seen.course = None if seen.failures < _MOST_FAILURES else Course()
 
 
 class _Watching(TorchFunctionMode):
     """Notes the calls of a pass."""
 
-    def __init__(self, course: list[_Step], calls: list[_Call], read: set[int]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._course, self._calls, self._read = course, calls, read
+        self._steps: list[_Step] = []
+        self._calls: list[_Call] = []
+        self._read: set[int] = set()
         self._numbers: Any = WeakIdKeyDictionary()
 
-    def number_of(self, y: Tensor) -> int | None:
-        """Of a result; None if ``y`` is none of a call that is known here."""
-        number: int | None = self._numbers.get(y)
-        return number
+    def course_to(self, y: Tensor) -> Course:
+        """All of it, ``y`` being the module's output."""
+        return Course(tuple(self._steps), tuple(self._calls), frozenset(self._read), self._numbers.get(y))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -242,56 +293,82 @@ class _Watching(TorchFunctionMode):
                 self._read.update(n for t in _tensors((args, kwargs)) if (n := self._numbers.get(t)) is not None)
             else:
                 operands = tuple(self._numbers.get(operand) for operand in operator.operands)
+                shapes = operator.shapes
         result = func(*args, **kwargs)
-        self._course.append((func, None if operator is None else len(self._calls)))
+        self._steps.append((func, None if operator is None else len(self._calls)))
         if operator is None:
             return result
         with unseen():
             self._numbers[result] = len(self._calls)
-            form = result.shape, result.dtype, result.device
-        given_result, needed = operator.with_result is not None, operator.needed
-        self._calls.append(
-            _Call(operands, needed, given_result, operator.parts, operator.in_place, operator.is_product, *form)
-        )
+            self._calls.append(
+                _Call(
+                    operands,
+                    shapes,
+                    operator.needed,
+                    operator.with_result is not None,
+                    operator.parts,
+                    operator.keeps_result,
+                    operator.in_place,
+                    operator.is_product,
+                    result.shape,
+                    result.dtype,
+                    result.device,
+                )
+            )
         return result
 
 
-class _Skipping(TorchFunctionMode):
+class Skipping(TorchFunctionMode):
+    """A second pass of a module, under autograd, that computes what is live."""
+
     def __init__(
         self,
-        course: Sequence[_Step],
-        calls: Sequence[_Call],
+        course: Course,
         treatments: Sequence[Treatment],
         known: dict[int, Tensor],
         statistics: Callable[[], Statistics],
+        pass_over: Callable[[], None],
     ) -> None:
         super().__init__()
-        self._course, self._calls, self._treatments = course, calls, treatments
-        self._known, self._statistics = known, statistics
+        self._course, self._treatments, self._known = course, treatments, known
+        self._statistics, self._pass_over = statistics, pass_over
         self._next = self._nodes = 0
         self._skipped = False
-        self._dead: Any = WeakIdKeyDictionary()  # numbers of results without values
+        self._given: Any = WeakIdKeyDictionary()  # numbers of results that were not computed
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        super().__exit__(kind, error, trace)
-        if kind is None:
-            self._look_for_others()
+    def run(self, module: nn.Module, x: Tensor) -> Tensor:
+        """The output of ``module`` for ``x``, of use for its history alone.
+
+        Raises:
+            OtherCallsError: the pass is not the one that was watched.
+        """
+        with self:
+            y: Tensor = module(x)
+        self._look_for_others()
+        output = self._course.output
+        if self._next != len(self._course.steps) or self._given.get(y) != self._uncomputed(output):
+            raise OtherCallsError("another end")
+        return y
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _METADATA:
             return func(*args, **kwargs)
-        step: _Step = self._course[self._next] if self._next < len(self._course) else ("nothing", None)
+        steps = self._course.steps
+        step: _Step = steps[self._next] if self._next < len(steps) else ("nothing", None)
         (expected, number), self._next = step, self._next + 1
-        if expected is not func:
+        if expected != func:  # a property's getter is another object each time
             raise OtherCallsError(f"{func} in the place of {expected}")
-        treatment = "computed" if number is None else self._treatments[number]
-        if not self._skipped and treatment == "computed":  # so far all results have values
+        if not self._skipped and self._uncomputed(number) is None:  # so far all results have values
             return func(*args, **kwargs)
         self._look_for_others()
         result = self._called(func, args, kwargs, number)
         self._nodes = _count_nodes()
         return result
+
+    def _uncomputed(self, number: int | None) -> int | None:
+        """``number``, if this result is not computed."""
+        return None if number is None or self._treatments[number] == "computed" else number
 
     def _look_for_others(self) -> None:
         """A function of autograd's that is no operator is not seen here: it may have saved what has no values."""
@@ -300,15 +377,17 @@ class _Skipping(TorchFunctionMode):
 
     def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], number: int | None) -> Any:
         if number is None:
-            if any(t in self._dead for t in _tensors((args, kwargs))):
+            if any(t in self._given for t in _tensors((args, kwargs))):
                 raise OtherCallsError(f"{func} of a result that was not computed")
             return func(*args, **kwargs)
         with unseen():
             operator = _operator_of(func, args, kwargs)
-        call, treatment = self._calls[number], self._treatments[number]
-        dead = tuple(n if n is not None and self._treatments[n] == "dead" else None for n in call.operands)
-        if operator is None or tuple(self._dead.get(t) for t in operator.operands) != dead:
-            raise OtherCallsError(f"{func} of other tensors")
+            call, treatment = self._course.calls[number], self._treatments[number]
+            uncomputed = tuple(self._uncomputed(n) for n in call.operands)
+            if operator is None or tuple(self._given.get(t) for t in operator.operands) != uncomputed:
+                raise OtherCallsError(f"{func} of other tensors")
+            if operator.shapes != call.shapes:
+                raise OtherCallsError(f"{func} of other shapes")
         if treatment == "computed":
             return func(*args, **kwargs)
         if not torch.is_grad_enabled():
@@ -316,9 +395,12 @@ class _Skipping(TorchFunctionMode):
         with unseen():
             if treatment == "known":
                 assert operator.with_result is not None
-                return operator.with_result(self._known[number])
-            result = operator.without_result(call.without_values(), self._statistics)
-        self._dead[result], self._skipped = number, True
+                result = operator.with_result(self._known[number])
+            else:
+                result = operator.without_result(call.without_values(), self._statistics)
+        if call.is_product:
+            self._pass_over()
+        self._given[result], self._skipped = number, True
         return result
 
 
@@ -462,6 +544,7 @@ def _activation(
         (True,),
         lambda y, _: _Activation.apply(x, x.detach(), [y], gradient),
         with_result=with_result if from_result else None,
+        keeps_result=from_result,
         in_place=in_place,
     )
 
@@ -478,7 +561,9 @@ def _hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplac
         dx: Tensor = _aten.hardtanh_backward(dy, x, min_val, max_val)
         return dx
 
-    return _activation(input, gradient, in_place=inplace, from_result=True)
+    # a narrower type may round the limits, so that what was clamped seems to lie between them
+    exact = isinstance(input, Tensor) and input.dtype in (torch.float32, torch.float64)
+    return _activation(input, gradient, in_place=inplace, from_result=exact)
 
 
 def _relu6(input: Tensor, inplace: bool = False) -> _Operator | None:
@@ -527,7 +612,8 @@ _RULES: dict[Any, _Rule] = {
 
 _METADATA = {
     *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad")),
-    *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_leaf", "grad_fn")),
+    *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_leaf", "is_nested", "is_sparse", "is_quantized")),
+    *(getattr(Tensor, name).__get__ for name in ("is_meta", "is_mkldnn", "grad_fn")),
     *(
         Tensor.size,
         Tensor.dim,

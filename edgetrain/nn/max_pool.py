@@ -14,14 +14,12 @@ on CUDA, positions are torch's.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from edgetrain.nn.layouts import laid_out_as, memory_format, new_like
 from edgetrain.nn.slices import FINE_SLICE_BYTES, batch_slices, is_on_cuda, is_whole_batch
@@ -56,17 +54,6 @@ def max_pool2d(
         y: Tensor = _MaxPool.apply(x, windows)
         return y
     return _pooled(x, windows, None)
-
-
-def lean_pooling_in(module: nn.Module) -> contextlib.AbstractContextManager[object]:
-    """Inside, layers of max pooling in ``module`` work by :func:`max_pool2d`; one that has none pays nothing."""
-    has_any = any(isinstance(layer, nn.MaxPool2d) for layer in module.modules())
-    return _LeanPooling() if has_any else contextlib.nullcontext()
-
-
-class _LeanPooling(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return with_lean_pooling(func, args, kwargs or {})
 
 
 def with_lean_pooling(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from edgetrain.nn.interception import RecordStatistics, ReuseStatistics
-from edgetrain.nn.liveness import liveness_of
 from edgetrain.nn.normalisation import Statistics
 from edgetrain.nn.selective import Products
 
@@ -73,16 +72,15 @@ class Replay:
 
     Args:
         module: any module; it must not change anything but its buffers and the random state.
-        x: its input; the random state of a CUDA device is recorded besides the CPU's.
+        device: where it runs; the random state of a CUDA device is recorded besides the CPU's.
 
     Attributes:
         products: results that the last pass kept for the next, which takes them.
-        liveness: what of a pass a repetition has to compute.
     """
 
     products: Products | None
 
-    def __init__(self, module: nn.Module, x: Tensor) -> None:
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
         self._owners = [
             (owner, name, buffer)
             for owner in module.modules()
@@ -90,12 +88,11 @@ class Replay:
             if buffer is not None
         ]
         self._before = [buffer.clone() for _, _, buffer in self._owners]
-        self._device = x.device
-        self._random = _random_state(x.device)
+        self._device = device
+        self._random = _random_state(device)
         self._statistics: list[Statistics] = []
         self._reusing = ReuseStatistics([])
         self.products = None
-        self.liveness = liveness_of(module, x)
 
     def first(self, run: Callable[[], Tensor]) -> Tensor:
         """The result of ``run``, which calls the module, without autograd; its statistics are recorded."""
@@ -103,13 +100,9 @@ class Replay:
         with torch.no_grad(), _in_pass("plain"), RecordStatistics(self._statistics):
             return run()
 
-    def skipping(self, output: Tensor | None) -> contextlib.AbstractContextManager[object]:
-        """Goes inside :meth:`again`, next to the call of the module, which its :attr:`liveness` has run.
-
-        Args:
-            output: of the first pass, if it is known.
-        """
-        return self.liveness.skipping(output, lambda: self._reusing.next_statistics())
+    def next_statistics(self) -> Statistics:
+        """Those of the next batch norm, inside :meth:`again`."""
+        return self._reusing.next_statistics()
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:

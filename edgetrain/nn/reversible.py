@@ -185,7 +185,7 @@ class ReversibleBlock(Invertible):
             with records[name].again():
                 residual = run()
         else:
-            records[name] = Replay(module, x)
+            records[name] = Replay(module, x.device)
             residual = records[name].first(run)
         records[name].products = products
         return residual

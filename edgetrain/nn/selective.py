@@ -89,9 +89,8 @@ class Products:
             output: of the block, to be kept as well.
         """
         if len(dead) == len(self._kept):  # else the block took another course than when that was found out
-            alive = [kept for kept, is_dead in zip(self._kept, dead, strict=True) if not is_dead]
-            self._kept.clear()
-            self._kept.extend(alive)
+            for kept, is_dead in zip(self._kept, dead, strict=True):
+                kept.result = None if is_dead else kept.result
         if output is not None:
             self._output = output, output._version
         if cheap:
@@ -101,6 +100,11 @@ class Products:
         for kept, _ in sizes:
             if kept.length < _LEAST_SHARE * mean:
                 kept.result = None
+
+    def pass_over(self) -> None:
+        """The next product is not asked for."""
+        if self._kept:
+            self._kept.popleft()
 
     def take_output(self) -> Tensor | None:
         """The output, once, if it was kept and nobody has overwritten it."""

@@ -22,11 +22,12 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 
 from edgetrain.chain import Block
 from edgetrain.errors import ModelError
+from edgetrain.nn import liveness
 from edgetrain.nn.entry import entered
 from edgetrain.nn.invertible import Invertible, Rerun, keeps_layout
 from edgetrain.nn.layouts import memory_format, with_channels_last
+from edgetrain.nn.lean import lean_operators_in
 from edgetrain.nn.liveness import OtherCallsError
-from edgetrain.nn.max_pool import lean_pooling_in
 from edgetrain.nn.selective import Products
 from edgetrain.runtime.offload import Offloaded, offload
 from edgetrain.runtime.program import (
@@ -207,7 +208,7 @@ class Execution:
         with torch.enable_grad(), _watching(graph.storages) if self._is_watched(i) else contextlib.nullcontext():
             if graph.first and run.like is not None:
                 x = entered(x, run)
-            with self._records[i].again() if again else lean_pooling_in(block.module):
+            with self._records[i].again() if again else lean_operators_in(block.module):
                 y = block.module(x)
         del x
         self._z[i + 1] = y.detach()
@@ -273,11 +274,10 @@ class Execution:
         """Which of the products' results stay, now that all of the block has run."""
         if keep not in SELECTIVE.values():
             return
-        products, liveness = self._products[i], self._records[i].liveness
+        products, course = self._products[i], self._records[i].course
         assert isinstance(products, Products)
-        assert liveness is not None
-        output = self._z[i + 1] if liveness.gains_by_output else None
-        products.choose(cheap=keep == "all_products", dead=liveness.dead_products, output=output)
+        output = self._z[i + 1] if course.gains_by_output else None
+        products.choose(cheap=keep == "all_products", dead=course.dead_products, output=output)
 
     def _backward_saved(self, i: int) -> None:
         """The backward pass of a whole run when its last block's turn comes."""
@@ -299,35 +299,37 @@ class Execution:
             self._g[i] = torch.zeros(shape, dtype=dtype, device=device)
 
     def _backward_selective(self, i: int) -> None:
-        products, module = self._products.pop(i), self._blocks[i].module
-        if isinstance(products, Products):
-            self._backward_again(i, products)
+        output, module = self._products[i], self._blocks[i].module
+        if isinstance(output, Products):
+            del output
+            self._backward_again(i)
             return
+        del self._products[i]
         assert isinstance(module, Invertible)
-        dy = self._own(self._g, i + 1, memory_format(products.y))
+        dy = self._own(self._g, i + 1, memory_format(output.y))
         with self._records[i].again():
-            self._g[i] = module.backward_between(self._z[i], products.y, dy)
+            self._g[i] = module.backward_between(self._z[i], output.y, dy)
 
-    def _backward_again(self, i: int, products: Products | None = None) -> None:
+    def _backward_again(self, i: int) -> None:
         """Runs what is live of block i once more from z[i], under autograd, and goes back."""
+        rerun: Rerun | None
         try:
-            rerun = self._rerun(i, products, skip=True)
+            rerun = self._rerun(i, self._products.pop(i, None), skip=True)
         except OtherCallsError:
-            liveness = self._records[i].liveness
-            assert liveness is not None
-            liveness.forget()
+            rerun = None  # what the failed pass holds goes with the error
+            liveness.took_another(self._blocks[i].module, self._records[i].course)
+        if rerun is None:
             rerun = self._rerun(i, None, skip=False)
         gradient = rerun.backward(self._g.pop(i + 1))
         if gradient is not None:
             self._g[i] = gradient
 
-    def _rerun(self, i: int, products: Products | None, *, skip: bool) -> Rerun:
+    def _rerun(self, i: int, products: Products | _Output | None, *, skip: bool) -> Rerun:
         module, record, input_gradient = self._blocks[i].module, self._records[i], i > 0 or self._input_gradient
-        skipping: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-        if skip:
-            skipping = record.skipping(None if products is None else products.take_output())
+        assert not isinstance(products, _Output)
+        skipping = record.skipping(products) if skip else None
         with record.again(), contextlib.nullcontext() if products is None else products.taking():
-            return Rerun(module, self._z[i], replay=None, input_gradient=input_gradient, within=skipping)
+            return Rerun(module, self._z[i], replay=None, input_gradient=input_gradient, skipping=skipping)
 
     def _backward_invert(self, i: int, *, layerwise: bool) -> None:
         module = self._blocks[i].module

@@ -9,9 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from edgetrain.chain import restore_state, saved_state
+from edgetrain.nn import liveness
 from edgetrain.nn.invertible import Invertible
-from edgetrain.nn.liveness import Liveness
+from edgetrain.nn.liveness import Course, Skipping
 from edgetrain.nn.replay import Replay, recording, replaying
+from edgetrain.nn.selective import Products
+
+
+def _nothing() -> None:
+    return None
 
 
 class Record:
@@ -19,11 +25,15 @@ class Record:
 
     Invertible layers leave what they need in their ``saved``, in place or not; any other module is recorded from
     outside, the invertible layers inside it besides.
+
+    Attributes:
+        course: of an ordinary module's pass.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._replay: Replay | None = None
+        self.course = Course()
 
     @torch.no_grad()
     def first(self, x: Tensor, *, within: contextlib.AbstractContextManager[object]) -> Tensor:
@@ -33,13 +43,14 @@ class Record:
             with recording(), within:
                 y = self._module(x)
         else:
-            replay = self._replay = Replay(self._module, x)
+            self._replay = Replay(self._module, x.device)
 
             def run() -> Tensor:
                 with within:
-                    return replay.liveness.run(self._module, x)
+                    y, self.course = liveness.run(self._module, x)
+                return y
 
-            y = replay.first(run)
+            y = self._replay.first(run)
         self._state = saved_state(self._module)
         return y
 
@@ -50,18 +61,16 @@ class Record:
         self._state = saved_state(self._module)
         return y
 
-    @property
-    def liveness(self) -> Liveness | None:
-        """Of a pass; None for an invertible module."""
-        return None if self._replay is None else self._replay.liveness
-
-    def skipping(self, output: Tensor | None) -> contextlib.AbstractContextManager[object]:
-        """Inside :meth:`again`, next to a call of the module under autograd: what is dead is not computed.
+    def skipping(self, products: Products | None) -> Skipping | None:
+        """For a pass under autograd inside :meth:`again`: what is dead is not computed; None if nothing is.
 
         Args:
-            output: of the module, if it is known.
+            products: what was kept for it.
         """
-        return contextlib.nullcontext() if self._replay is None else self._replay.skipping(output)
+        if self._replay is None:
+            return None
+        output, pass_over = (None, _nothing) if products is None else (products.take_output(), products.pass_over)
+        return self.course.skipping(output, self._replay.next_statistics, pass_over)
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:

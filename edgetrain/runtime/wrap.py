@@ -23,7 +23,7 @@ from edgetrain.chain import Block, Chain, SampledNetwork, chain_of
 from edgetrain.errors import ModelError
 from edgetrain.nn.attention import AttentionTap
 from edgetrain.nn.layouts import with_channels_last
-from edgetrain.nn.max_pool import lean_pooling_in
+from edgetrain.nn.lean import lean_operators_in
 from edgetrain.runtime.executor import Execution
 from edgetrain.runtime.program import Program, Update
 
@@ -89,7 +89,7 @@ class Wrapped(nn.Module):
                 action="leave torch.autocast, or convert the model and its input",
             )
         if self.plan.program.is_plain:
-            with lean_pooling_in(self.model):
+            with lean_operators_in(self.model):
                 y: Tensor = self.model(with_channels_last(x) if self.plan.program.channels_last else x)
             return y
         # the anchor makes the result require a gradient although no parameter passes through the function

@@ -104,10 +104,10 @@ def advise(
         return fixed + per_sample * samples + beside_bytes
 
     widening = max(WIDENING, 1.05 * budget_bytes / raw(batch_size))
-    estimated = next((n for n in range(batch_size - 1, 0, -1) if widening * raw(n) <= budget_bytes), 0)
+    tight_bytes = max(1, int((budget_bytes - _MARGIN_BYTES) / _MARGIN))
+    estimated = next((n for n in range(batch_size - 1, 0, -1) if widening * raw(n) <= tight_bytes), 0)
     samples = mib = 0
     if "--batch-size" in changes and batch_size > _SMALLEST_BATCH:
-        tight_bytes = int((budget_bytes - _MARGIN_BYTES) / _MARGIN)
         samples = _shrunk(estimated, lambda n: runs(lean, n, tight_bytes))
     if "--budget" in changes:
         mib = _least(

@@ -189,6 +189,8 @@ def given(
         batch_size=recipe.batch_size,
         update_in_backward=updates_in_backward(plan.program),
     )
+    if lean == plans[-1]:
+        return Made([], [lean])
     if runs(lean):  # also where it is the one that was asked for: what is leaner for the allocator did not run
         before = plans[: plans.index(lean)] if lean in plans else plans
         return Made([*before, lean], [])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgetrain.nn.invertible import Rerun
-from edgetrain.nn.liveness import OtherCallsError
+from edgetrain.nn.liveness import Course, OtherCallsError, run, took_another
 from edgetrain.nn.replay import Replay
 
 
@@ -173,17 +173,28 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def recorded(module: nn.Module, x: Tensor) -> tuple[Replay, Tensor]:
-    replay = Replay(module, x)
-    return replay, replay.first(lambda: replay.liveness.run(module, x))
+def recorded(module: nn.Module, x: Tensor) -> tuple[Replay, Course, Tensor]:
+    replay, courses = Replay(module, x.device), list[Course]()
+
+    def first() -> Tensor:
+        y, course = run(module, x)
+        courses.append(course)
+        return y
+
+    y = replay.first(first)
+    return replay, courses[0], y
+
+
+def again(module: nn.Module, x: Tensor, replay: Replay, course: Course, output: Tensor | None) -> Rerun:
+    return Rerun(module, x, replay=replay, skipping=course.skipping(output, replay.next_statistics, lambda: None))
 
 
 def gradients(
-    module: nn.Module, x: Tensor, dy: Tensor, replay: Replay, skipping: Any
+    module: nn.Module, x: Tensor, dy: Tensor, replay: Replay, course: Course, output: Tensor | None
 ) -> tuple[list[Tensor], Counter[str]]:
     module.zero_grad()
     with Counting() as counting:
-        rerun = Rerun(module, x, replay=replay, within=skipping)
+        rerun = again(module, x, replay, course, output)
     dx = rerun.backward(dy)
     assert dx is not None
     return [dx, *(p.grad for p in module.parameters() if p.grad is not None)], counting.names
@@ -199,23 +210,23 @@ def pair_of(name: str) -> tuple[nn.Module, Tensor]:
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_and_what_runs(name: str, output_known: bool) -> None:
     module, x = pair_of(name)
-    replay, y = recorded(module, x)
+    replay, course, y = recorded(module, x)
     dy = torch.randn_like(y)
-    expected, _ = gradients(module, x, dy, replay, torch.enable_grad())
+    expected, _ = gradients(module, x, dy, replay, Course(), None)
     kept = y.clone()
-    found, names = gradients(module, x, dy, replay, replay.skipping(y if output_known else None))
+    found, names = gradients(module, x, dy, replay, course, y if output_known else None)
     assert names == CASES[name][1 + output_known]
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
     assert torch.equal(y, kept)
-    assert replay.liveness.gains_by_output == (CASES[name][1] != CASES[name][2])
+    assert course.gains_by_output == (CASES[name][1] != CASES[name][2])
 
 
 def test_dead_products() -> None:
     for name, dead in (("dense", (False, True)), ("bottleneck", (False, False)), ("convolution, relu", (True,))):
         module, x = pair_of(name)
-        assert recorded(module, x)[0].liveness.dead_products == dead
+        assert recorded(module, x)[1].dead_products == dead
 
 
 class Saving(torch.autograd.Function):
@@ -258,14 +269,83 @@ OTHERS: dict[str, Callable[..., Tensor]] = {
     "calls more": lambda x, c, n: n(c(x)) + x + x if torch.is_grad_enabled() else n(c(x)) + x,
     "forgets what an operator in place gave": in_place_without_assignment,
     "overwrites what was an operand": overwritten_after_an_activation,
+    "ends in place": lambda *all_: ends_in_place(*all_),
+    "ends with a layer in place": lambda *all_: ends_with_a_layer_in_place(*all_),
+    "concatenates in another order": lambda *all_: other_order(*all_),
     "takes other tensors": lambda x, c, n: n(c(x)) + x if torch.is_grad_enabled() else x + n(c(x)),
 }
+
+
+def ends_in_place(x: Tensor, c1: nn.Module, n1: nn.Module) -> Tensor:
+    h = n1(c1(x))
+    h.add_(x)
+    return h
+
+
+def ends_with_a_layer_in_place(x: Tensor, c1: nn.Module, n1: nn.Module) -> Tensor:
+    h = n1(c1(x))
+    F.relu(h, inplace=True)
+    return h
+
+
+def other_order(x: Tensor, c1: nn.Module, n1: nn.Module) -> Tensor:
+    a, b = F.relu(n1(c1(x))), F.relu(x + 1)
+    return torch.cat([a, b] if torch.is_grad_enabled() else [b, a], 1)
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_another_second_pass_is_noticed(name: str) -> None:
     module = Written(OTHERS[name], conv(), norm())
     x = torch.randn(3, 4, 6, 5)
-    replay, y = recorded(module, x)
+    replay, course, y = recorded(module, x)
     with pytest.raises(OtherCallsError):
-        Rerun(module, x, replay=replay, within=replay.skipping(y))
+        again(module, x, replay, course, y)
+
+
+def test_what_is_called_in_another_form_is_computed() -> None:
+    """A result of an operator that is not known here, overwritten after ReLU has read it."""
+
+    def pooled(x: Tensor) -> Tensor:
+        h = F.avg_pool2d(x, 3, 1, 1)
+        r = F.relu(h)
+        h.mul_(2)
+        return torch.cat([r, h], 1)
+
+    module, x = Written(pooled), torch.randn(3, 4, 6, 5).double()
+    replay, course, y = recorded(module, x)
+    expected, found = (again(module, x, replay, c, None).backward(torch.ones_like(y)) for c in (Course(), course))
+    assert torch.equal(expected, found)
+
+
+def test_limits_that_a_type_cannot_hold() -> None:
+    layer, x = nn.Hardtanh(-0.1, 0.1), torch.randn(3, 4, 6, 5).bfloat16()
+    replay, course, y = recorded(layer, x)
+    expected, found = (again(layer, x, replay, c, y).backward(torch.ones_like(y)) for c in (Course(), course))
+    assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize("pre_norm", [True, False])
+def test_common_blocks_are_no_others(pre_norm: bool) -> None:
+    """Properties are read in passing (``is_nested``, ``mT``)."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=pre_norm, dropout=0.0)
+    around = Written(lambda x, inner: inner(x) + (x @ x.mT) @ x, layer)
+    for module in (layer, around):
+        x = torch.randn(2, 5, 16)
+        replay, course, y = recorded(module, x)
+        assert again(module, x, replay, course, y).backward(torch.ones_like(y)) is not None
+
+
+def test_modules_with_hooks_compute_everything() -> None:
+    module, x = pair_of("dense")
+    module.layers[0].register_forward_hook(lambda *_: None)
+    assert recorded(module, x)[1] == Course()
+
+
+def test_after_two_failures_nothing_is_skipped() -> None:
+    module, x = Written(ends_in_place, conv(), norm()), torch.randn(3, 4, 6, 5)
+    for _ in range(2):
+        course = recorded(module, x)[1]
+        assert course != Course()
+        assert recorded(module, x)[1] is course, "a pass is watched once"
+        took_another(module, course)
+    assert recorded(module, x)[1] == Course()

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import edgetrain
 from edgetrain.memory import measure_costs, measure_peak, simulate
 from edgetrain.nn import max_pool
-from edgetrain.nn.max_pool import lean_pooling_in, max_pool2d
+from edgetrain.nn.lean import lean_operators_in
+from edgetrain.nn.max_pool import max_pool2d
 from edgetrain.nn.slices import whole_batch
 from edgetrain.planner import Planner
 
@@ -133,7 +134,10 @@ def test_errors_are_torchs(arguments):
 def kept_bytes(x: Tensor, module: nn.Module) -> int:
     """What autograd saves when ``module`` runs on ``x`` as a stored block."""
     kept: list[Tensor] = []
-    with lean_pooling_in(module), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with (
+        lean_operators_in(module),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+    ):
         module(x)
     return sum(t.nbytes for t in kept)
 
@@ -147,7 +151,7 @@ def test_a_byte_is_kept_for_each_output():
 
 def test_indices_that_are_asked_for_are_torchs():
     pool, x = nn.MaxPool2d(2, return_indices=True), torch.randn(2, 4, 8, 8)
-    with lean_pooling_in(pool):
+    with lean_operators_in(pool):
         y, index = pool(x)
     assert torch.equal(y, F.max_pool2d(x, 2))
     assert index.dtype == torch.int64

@@ -299,8 +299,8 @@ class Bottleneck(nn.Module):
     [
         # widths of x, c1, relu, c2, relu, c3; against x, c1, c2
         (lambda: Bottleneck(64), 256, 256 + 4 * 64 + 256, 256 + 2 * 64),
-        # x, c1, norm, relu6, depthwise, norm, relu6, c3; against x, c1, depthwise, c3
-        (inverted_residual, 8, 8 + 6 * 48 + 8, 8 + 2 * 48 + 8),
+        # x, c1, relu6, depthwise, relu6, c3; against x, c1, depthwise, c3
+        (inverted_residual, 8, 8 + 4 * 48 + 8, 8 + 2 * 48 + 8),
     ],
     ids=["bottleneck", "inverted residual"],
 )
