@@ -84,6 +84,14 @@ def publish(rows: list[dict[str, Any]], *, out: Path | None, as_json: bool, **mo
         print(json.dumps(document))
 
 
+def earlier_rows(result: Path | None) -> list[dict[str, Any]]:
+    """Those of an earlier result, each with the commit that found it; none without one."""
+    if result is None:
+        return []
+    document = json.loads(result.read_text())
+    return [{"commit": document["versions"]["edgetrain"], **row} for row in document["rows"]]
+
+
 class KeptRows:
     """Rows of a long run, one JSON line each, kept as they are found: a run that was stopped goes on from there.
 

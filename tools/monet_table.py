@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from environment import KeptRows, publish
+from environment import KeptRows, earlier_rows, publish, versions
 from googlenet import googlenet
 from planner_bench import OPTIMIZER, Contestant
 from timm_networks import create
@@ -241,18 +241,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     parser.add_argument("--out", type=Path, help="write the JSON document to this file too")
+    parser.add_argument("--onto", type=Path, help="with --networks: the others' lines are those of this result")
     parser.add_argument("--keep", type=Path, help="keep every network's lines in this file too, and go on from there")
     arguments = parser.parse_args()
-    kept = KeptRows(arguments.keep)
+    kept, commit = KeptRows(arguments.keep), versions()["edgetrain"]
+    others = earlier_rows(arguments.onto)
     rows: list[dict[str, Any]] = []
     for network in TABLE:
         if arguments.networks and network.name not in arguments.networks:
+            rows += [row for row in others if row["network"] == network.name]
             continue
         known = kept.get(network.name)
         found = rows_of(network, seconds=arguments.seconds, rounds=arguments.rounds) if known is None else known["rows"]
         if known is None:
             kept.add(network.name, {"rows": found})
-        rows += found
+        rows += [row | {"commit": commit} for row in found]
         for row in found:
             print(line(row), file=sys.stderr if arguments.json else sys.stdout, flush=True)
     publish(rows, out=arguments.out, as_json=arguments.json, seed=0)

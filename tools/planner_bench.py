@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from environment import KeptRows, publish, versions
+from environment import KeptRows, earlier_rows, publish, versions
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint_sequential
 
@@ -362,8 +362,7 @@ def main() -> None:
     stream = sys.stderr if arguments.json else sys.stdout
     kept = KeptRows(arguments.keep)
     commit = versions()["edgetrain"]
-    base = {"rows": []} if arguments.onto is None else json.loads(arguments.onto.read_text())
-    others = [{"commit": base["versions"]["edgetrain"], **row} for row in base["rows"]]
+    others = earlier_rows(arguments.onto)
     rows: list[dict[str, Any]] = []
     for case in CASES:
         if arguments.networks and case.name not in arguments.networks:

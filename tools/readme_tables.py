@@ -172,13 +172,17 @@ def planner() -> str:
             ratio += f"; {row['over_eager_peer']:.2f}"
         peak = f"{row['peak_bytes'] / 2**20:.0f} MiB"
         lines.append(f"{head} | {peak} | {row['over_keep_all']:.2f} | {peer} | {ratio} |")
+    return "\n".join([*lines, "", provenance(document) + _earlier(document)])
+
+
+def _earlier(document: dict[str, Any]) -> str:
+    """Networks whose rows are of other commits than the rest."""
     earlier: dict[str, list[str]] = {}
-    for row in rows:
+    for row in document["rows"]:
         commit = row.get("commit", document["versions"]["edgetrain"])
         if commit != document["versions"]["edgetrain"] and row["network"] not in earlier.setdefault(commit, []):
             earlier[commit].append(row["network"])
-    others = "".join(f"; {', '.join(names)}: commit {commit}" for commit, names in earlier.items())
-    return "\n".join([*lines, "", provenance(document) + others])
+    return "".join(f"; {', '.join(names)}: commit {commit}" for commit, names in earlier.items())
 
 
 def heap() -> str:
@@ -216,7 +220,7 @@ def monet() -> str:
         few = f"{row['few_overhead']:+.1%} ({row['few']})" if "few_overhead" in row else "none fits"
         head = f"| {row['network']}, batch {row['batch']} | {row['fraction']:.0%}"
         lines.append(f"{head} | {ours} | {few} | {row['published_overhead']:+.1%} |")
-    return "\n".join([*lines, "", provenance(document)])
+    return "\n".join([*lines, "", provenance(document) + _earlier(document)])
 
 
 def engines() -> str:
