@@ -151,7 +151,7 @@ class Course:
     def skipping(
         self, output: Tensor | None, statistics: Callable[[], Statistics], pass_over: Callable[[], None]
     ) -> Skipping | None:
-        """Runs the module a second time; None if there is nothing to skip.
+        """Runs the module a second time; None if there is nothing worth skipping.
 
         Args:
             output: of the first pass, if it is known.
@@ -161,8 +161,9 @@ class Course:
         if output is not None and self.output is not None and output.shape != self.calls[self.output].shape:
             output = None
         treatments, parts = self._given_input if output is None else self._given_output
-        if all(treatment == "computed" for treatment in treatments):
-            return None
+        pairs = zip(self.calls, treatments, strict=True)
+        if all(treatment == "computed" or call.keeps_result for call, treatment in pairs):
+            return None  # an activation alone takes less time than to leave it out
         known: dict[int, Tensor] = {}
         if output is not None:
             for number, path in parts.items():

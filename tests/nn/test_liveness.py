@@ -100,20 +100,20 @@ def broadcast(x: Tensor, c1: nn.Module, c2: nn.Module) -> Tensor:
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], Counter[str], Counter[str]]] = {
-    # what runs without the output, and what with it
+    # what runs without the output, and what with it; an activation alone is not left out
     "bottleneck": (
         lambda: bottleneck(False),
-        Counter(convolution=2, native_batch_norm=2, relu=1, add=1),
+        Counter(convolution=2, native_batch_norm=2, relu=2, add=1),
         Counter(convolution=2, native_batch_norm=1, relu=1),
     ),
     "bottleneck in place": (
         lambda: bottleneck(True),
-        Counter(convolution=2, native_batch_norm=2, relu_=1, add_=1),
+        Counter(convolution=2, native_batch_norm=2, relu_=2, add_=1),
         Counter(convolution=2, native_batch_norm=1, relu_=1),
     ),
     "projected": (
         lambda: Written(projected, conv(), norm(), conv(), norm()),
-        Counter(convolution=2, native_batch_norm=2, add=1),
+        Counter(convolution=2, native_batch_norm=2, relu=1, add=1),
         Counter(convolution=2),
     ),
     "inverted residual": (
@@ -132,14 +132,14 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Counter[str], Counter[str]]] = {
     "convolution": (lambda: Written(lambda x, c: c(x), conv()), Counter(), Counter()),
     "convolution, relu": (
         lambda: nn.Sequential(conv(), nn.ReLU(inplace=True)),
-        Counter(convolution=1),
+        Counter(convolution=1, relu_=1),
         Counter(),
     ),
     "leaky": (lambda: nn.Sequential(conv(), nn.LeakyReLU(0.1)), Counter(convolution=1), Counter()),
     "falling": (lambda: nn.Sequential(conv(), nn.LeakyReLU(-0.1)), *[Counter(convolution=1)] * 2),
     "hardtanh": (
         lambda: nn.Sequential(conv(), nn.Hardtanh(-0.2, 0.3, inplace=True)),
-        Counter(convolution=1),
+        Counter(convolution=1, hardtanh_=1),
         Counter(),
     ),
     "silu": (lambda: nn.Sequential(conv(), nn.SiLU()), *[Counter(convolution=1)] * 2),
