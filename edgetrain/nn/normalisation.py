@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,8 +115,8 @@ def _affine(x: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
 
 class _Normalise(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, result: list[Tensor]
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, result: list[Tensor]
     ) -> Tensor:
         ctx.save_for_backward(x, scale, mean, invstd)
         if result:
